@@ -1,0 +1,401 @@
+"""A job: everything one run depends on, as frozen typed sections. The words of a job file, explained once.
+
+Each key carries its help and its limits; the reader of job files (`jobfile`), the JSON Schema for editors and
+the reference in `jobs/README.md` all come from here. Combinations that cannot work are found by `conflicts`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+__all__ = [
+    "PRESETS",
+    "CheckpointSection",
+    "EvaluateSection",
+    "GraphSection",
+    "Job",
+    "LossSection",
+    "MedSection",
+    "ModelSection",
+    "NegativesSection",
+    "OptimizerSection",
+    "RuntimeSection",
+    "SyntheticSection",
+    "TrainSection",
+    "conflicts",
+]
+
+T = TypeVar("T")
+REQUIRED: Any = dataclasses.MISSING
+
+#: scorers whose score is minus a distance; the others are products
+DISTANCES = ("transe", "rotate", "pairre")
+
+
+def key(
+    default: T,
+    text: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    pattern: str | None = None,
+) -> T:
+    """Declare a key: its default (`REQUIRED` for none), its help, and the values that it takes."""
+    limits = {"minimum": minimum, "above": above, "maximum": maximum, "pattern": pattern}
+    metadata = {"help": text} | {name: value for name, value in limits.items() if value is not None}
+    return dataclasses.field(default=default, metadata=metadata)  # type: ignore[no-any-return, call-overload]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSection:
+    """A generated SKG-like graph (users, products, shops, tags, ...) instead of files."""
+
+    num_users: int = key(REQUIRED, "users; the other kinds of entities follow in fixed proportions", minimum=10)
+    num_triples: int = key(REQUIRED, "triples drawn, before duplicates are dropped", minimum=100)
+    num_communities: int = key(16, "planted communities = class labels of the users", minimum=2, maximum=10_000)
+    part_triples: int = key(1_000_000, "triples per generated Parquet part: bounds the memory", minimum=100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSection:
+    """Where the triples come from, and how they become a graph directory."""
+
+    name: str | None = key(
+        None, "name of the graph directory, so that jobs can share one; default: the job's name",
+        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    )
+    train: tuple[str, ...] = key((), "training files, relative to the data root; globs allowed")
+    valid: tuple[str, ...] = key((), "validation files; none: split off `train` by `valid_fraction`")
+    test: tuple[str, ...] = key((), "test files; none: split off `train` by `test_fraction`")
+    format: Literal["auto", "tsv", "csv", "parquet", "ntriples"] = key(
+        "auto", "format of the files; `auto` goes by the suffix (.tsv .txt .csv .parquet .nt, then .gz or .zst)"
+    )
+    header: bool = key(False, "TSV and CSV: the first line names the columns")
+    columns: tuple[str, ...] = key(
+        ("head", "relation", "tail"), "TSV and CSV without a header: names of the columns in file order"
+    )
+    head_column: str = key("head", "the column that holds heads")
+    relation_column: str = key("relation", "the column that holds relations")
+    tail_column: str = key("tail", "the column that holds tails")
+    literals: Literal["drop", "keep"] = key(
+        "drop", "N-Triples: triples whose object is a literal are dropped and counted, or kept as entities"
+    )
+    entity_types: str | None = key(None, "file of (entity, type) rows, in the same formats; optional")
+    valid_fraction: float = key(0.0, "share of triples split off for validation", minimum=0, maximum=0.5)
+    test_fraction: float = key(0.0, "share of triples split off for testing", minimum=0, maximum=0.5)
+    drop_unseen: bool = key(
+        False,
+        "drop validation and test triples with an entity or relation unseen in train. "
+        "Results are then not comparable with those of the field, and say so",
+    )
+    synthetic: SyntheticSection | None = key(None, "generate the graph instead of reading files")
+    memory_mib: int = key(2048, "memory that preparing may use before it spills to disk", minimum=128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The scorer, the sub-models and the tiers cut from them."""
+
+    scorer: Literal["transe", "rotate", "simple", "pairre", "complex", "distmult"] = key(REQUIRED, "score function")
+    norm: Literal["l1", "l2"] = key("l1", "TransE: norm of the distance")
+    dims: tuple[int, ...] = key(REQUIRED, "units of each sub-model, increasing; the last is the whole model", minimum=1)
+    tiers: Mapping[str, int] = key(
+        REQUIRED, "name: dim of what is shipped; each dim is one of `dims`",
+        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*", minimum=1,
+    )
+    reciprocal: bool = key(
+        False,
+        "a second vector per relation for its inverse: tails are predicted with the relation, heads with the "
+        "inverse, and a triple's score is the mean of both",
+    )
+    damping: float = key(
+        1.0,
+        "kappa: a sub-model's score = its own level's + kappa x the score of the one below; "
+        "below 1 needs at most 8 sub-models",
+        above=0, maximum=1,
+    )
+    init_scale: float | None = key(
+        None,
+        "initial columns: half-width of the uniform (distances), standard deviation (products); default: "
+        "(margin + 2) / largest dim, or 0.001 with softmax, or 1 / (largest dim)^(1/4) scaled to unit scores",
+        above=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegativesSection:
+    """What positives are compared with."""
+
+    kind: Literal["per_positive", "chunk", "in_batch", "shared", "all"] = key(
+        "chunk",
+        "bce: `per_positive` draws fresh negatives for each positive, `chunk` shares them within chunks of "
+        "positives, `in_batch` takes the entities of the chunk's other positives. "
+        "softmax: `shared` = the batch's own entities and `number` uniform ones, bias-corrected; `all` entities",
+    )
+    number: int = key(
+        64,
+        "bce: negatives per positive in total (`in_batch`: follows from chunk_size); softmax `shared`: "
+        "uniform candidates per step beside the batch's own entities",
+        minimum=1,
+    )
+    chunk_size: int = key(32, "positives that share negatives; divides batch_size", minimum=1)
+    corrupt: Literal["head", "tail", "both"] = key(
+        "both", "which side is replaced; `both` alternates (halves of a positive's negatives, or whole chunks)"
+    )
+    filter_known: bool = key(False, "bce: negatives that are known training triples do not count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSection:
+    """The loss of one sub-model."""
+
+    kind: Literal["bce", "softmax"] = key(
+        "bce", "binary cross-entropy on logits a_i (gamma_i + s_i), or cross-entropy over candidates (products)"
+    )
+    margin: float = key(9.0, "gamma of the largest sub-model (distances; products have none)", minimum=0)
+    margin_scaling: Literal["sqrt", "equal"] = key(
+        "sqrt", "gamma_i = margin x sqrt(d_i / d_n), or the same for all"
+    )
+    temperature: Literal["sqrt", "one"] = key(
+        "sqrt", "distances: a_i = sqrt(d_n / d_i), or 1 for all; products always use 1"
+    )
+    regularizer: Literal["none", "n3", "l2"] = key(
+        "none", "N3 (sum of cubed moduli) or L2 (sum of squares) of the batch's vectors, each column once"
+    )
+    regularizer_weights: tuple[float, ...] = key(
+        (0.0,), "strength of the regularizer: one for all levels, or one per level", minimum=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedSection:
+    """How the sub-models' losses work together (MED)."""
+
+    mutual: Literal["off", "one_way", "both"] = key(
+        "one_way",
+        "mutual learning between neighbours: off; the larger teaches the smaller, detached; or both learn",
+    )
+    mutual_weight: float = key(1.0, "factor of the mutual learning loss (paper: 1)", minimum=0)
+    evolution: Literal["off", "previous", "own"] = key(
+        "own",
+        "evolutionary improvement: off (equal weights); weights from the previous sub-model's scores (paper); "
+        "or from a sub-model's own scores",
+    )
+    form: Literal["bounded", "paper"] = key(
+        "bounded",
+        "weights of positives: softmax(w1 (1 - sigmoid(z))), any scorer; or exp(w1 / s), distances only. "
+        "`paper` also takes negatives' weights from raw scores s instead of logits z",
+    )
+    normalize: Literal["positive", "batch"] = key(
+        "positive", "negatives' weights sum to 1 for each positive, or over the batch (paper)"
+    )
+    dynamic_weight: bool = key(True, "dynamic loss weight exp(w3 d_i / d_n); false: 1 for every sub-model")
+    w1: float = key(1.0, "sharpness of the positives' weights", above=0)
+    w2: float = key(1.0, "sharpness of the negatives' weights", above=0)
+    w3: float = key(1.0, "growth of the dynamic loss weight", above=0)
+    weights: Literal["fixed", "learnable"] = key(
+        "fixed", "w1, w2, w3 as given, or trained from there with a log-barrier that keeps them positive"
+    )
+    weights_lr: float = key(1e-4, "learnable: learning rate of w1, w2, w3", above=0)
+    weights_barrier: float = key(0.1, "learnable: strength of the log-barrier", minimum=0)
+    sub_models_per_step: int | None = key(
+        None, "train a sample of sub-models per step, always with the smallest and the largest; default: all",
+        minimum=2,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """How columns move."""
+
+    kind: Literal["rowwise_adagrad", "adagrad", "adam"] = key(
+        "rowwise_adagrad",
+        "entity tables, fused into the backward pass: one Adagrad state per row and block, one per element, "
+        "or Adam (CUDA only)",
+    )
+    lr: float = key(0.1, "learning rate of the entity tables", above=0)
+    relation_lr: float | None = key(None, "learning rate of the relations; default: lr", above=0)
+    schedule: Literal["constant", "linear"] = key("constant", "`linear` decays to 0 at the last step")
+    warmup_steps: int = key(0, "steps over which the learning rates rise from 0", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """How long, in what portions, and when to stop."""
+
+    epochs: int = key(REQUIRED, "passes over the training triples", minimum=1)
+    batch_size: int = key(1024, "bce: positives per step; softmax: queries (head, relation) per step", minimum=1)
+    max_tails: int = key(16, "softmax: answers that one query carries; more make another query", minimum=1)
+    validate_every: int = key(1, "epochs between validations; 0: never", minimum=0)
+    valid_triples: int | None = key(None, "validate on a seeded sample of this many triples; default: all", minimum=1)
+    patience: int | None = key(None, "stop after this many validations without a better MRR; default: never", minimum=1)
+    watch_dim: int | None = key(None, "dim whose validation MRR decides; default: the mean over all", minimum=1)
+    log_every: int = key(50, "steps between lines of metrics.jsonl", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    """When the run is saved and how it goes on."""
+
+    every_steps: int | None = key(None, "steps between checkpoints; default: at each epoch's end", minimum=1)
+    keep: int = key(2, "committed checkpoints kept, beside the best one", minimum=2)
+    resume: Literal["auto", "previous", "never"] = key(
+        "auto", "`auto` goes on from the newest checkpoint, `previous` from the one before it (a damaged newest "
+        "one is set aside), `never` refuses a run directory that already holds any",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSection:
+    """Filtered ranking of a split at every sub-model."""
+
+    split: Literal["test", "valid"] = key("test", "split ranked after training")
+    max_triples: int | None = key(None, "rank a seeded sample only; results say so; default: all", minimum=1)
+    memory_mib: int = key(512, "memory for scores while ranking", minimum=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeSection:
+    """The machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "`auto`: CUDA where there is a GPU")
+    threads: int | None = key(None, "CPU threads; default: all cores", minimum=1)
+    memory_gib: float | None = key(None, "memory that the job may count on; default: what the machine has", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run. `resolved` in the run directory is a job with every key spelled out."""
+
+    name: str = key(REQUIRED, "names the run directory", pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*")
+    seed: int = key(0, "the only source of randomness", minimum=0)
+    preset: Literal["default", "paper"] = key(
+        "default", "where keys that the file does not give take their values from; `paper` = the letter of the paper"
+    )
+    graph: GraphSection = key(REQUIRED, "the triples")
+    model: ModelSection = key(REQUIRED, "scorer, sub-models, tiers")
+    negatives: NegativesSection = key(NegativesSection(), "negatives and candidates")
+    loss: LossSection = key(LossSection(), "the loss of one sub-model")
+    med: MedSection = key(MedSection(), "how the sub-models' losses work together")
+    optimizer: OptimizerSection = key(OptimizerSection(), "how columns move")
+    train: TrainSection = key(REQUIRED, "how long, in what portions")
+    checkpoint: CheckpointSection = key(CheckpointSection(), "saving and resuming")
+    evaluate: EvaluateSection = key(EvaluateSection(), "ranking")
+    runtime: RuntimeSection = key(RuntimeSection(), "the machine")
+
+    @property
+    def graph_name(self) -> str:
+        """The name of the graph directory."""
+        return self.graph.name or self.name
+
+
+#: What a preset says for keys that the file leaves open. `paper` is the letter of the paper wherever that is
+#: defined and finite; jobs/README.md lists what remains different and why.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "paper": {
+        "negatives": {"kind": "per_positive", "number": 64, "corrupt": "both"},
+        "loss": {
+            "kind": "bce", "margin": 0.0, "margin_scaling": "equal", "temperature": "one", "regularizer": "none",
+        },
+        "med": {
+            "mutual": "both", "evolution": "previous", "form": "paper", "normalize": "batch",
+            "dynamic_weight": True, "weights": "learnable",
+        },
+        "optimizer": {"schedule": "linear"},
+        "train": {"batch_size": 1024},
+    },
+}  # fmt: skip
+
+
+def conflicts(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield (key, what is wrong and what to do) for every impossible combination of keys."""
+    yield from _graph_conflicts(job.graph)
+    yield from _model_conflicts(job.model)
+    yield from _loss_conflicts(job)
+    if job.train.watch_dim is not None and job.train.watch_dim not in job.model.dims:
+        yield "train.watch_dim", f"{job.train.watch_dim} is not one of model.dims"
+    if job.train.patience is not None and job.train.validate_every == 0:
+        yield "train.patience", "needs validations: set train.validate_every to 1 or more"
+    per_step = job.med.sub_models_per_step
+    if per_step is not None and per_step > len(job.model.dims):
+        yield "med.sub_models_per_step", f"{per_step} is more than the {len(job.model.dims)} sub-models"
+    if job.optimizer.kind == "adam" and job.runtime.device == "cpu":
+        yield "optimizer.kind", "adam is fused on CUDA only; on a CPU use rowwise_adagrad or adagrad"
+
+
+def _graph_conflicts(graph: GraphSection) -> Iterator[tuple[str, str]]:
+    if graph.synthetic is None and not graph.train:
+        yield "graph.train", "is missing: name training files, or a graph.synthetic section"
+    if graph.synthetic is not None and (graph.train or graph.valid or graph.test or graph.entity_types):
+        yield "graph.synthetic", "excludes graph.train, valid, test and entity_types: a graph has one source"
+    for split, files, fraction in (
+        ("valid", graph.valid, graph.valid_fraction),
+        ("test", graph.test, graph.test_fraction),
+    ):
+        if files and fraction:
+            yield f"graph.{split}_fraction", f"excludes graph.{split}: give files or a fraction"
+    for role in ("head_column", "relation_column", "tail_column"):
+        name = getattr(graph, role)
+        if not graph.header and graph.format in ("tsv", "csv", "auto") and name not in graph.columns:
+            yield f"graph.{role}", f"{name!r} is not one of graph.columns {list(graph.columns)}"
+    if len({graph.head_column, graph.relation_column, graph.tail_column}) < 3:
+        yield "graph.head_column", "head, relation and tail must be three different columns"
+
+
+def _model_conflicts(model: ModelSection) -> Iterator[tuple[str, str]]:
+    if not model.dims:
+        yield "model.dims", "is empty: name at least one dim"
+        return
+    if list(model.dims) != sorted(set(model.dims)):
+        yield "model.dims", f"{list(model.dims)} is not strictly increasing"
+    if not model.tiers:
+        yield "model.tiers", f"is empty: name at least one tier, such as server: {model.dims[-1]}"
+    for name, dim in model.tiers.items():
+        if dim not in model.dims:
+            yield f"model.tiers.{name}", f"{dim} is not one of model.dims {_short(model.dims)}"
+    if model.damping < 1 and len(model.dims) > 8:
+        yield "model.damping", (
+            f"{model.damping} with {len(model.dims)} sub-models wipes the first ones out "
+            f"({model.damping}^{len(model.dims) - 1}); use 1, or at most 8 dims"
+        )
+    if model.norm != "l1" and model.scorer != "transe":
+        yield "model.norm", f"is for transe; {model.scorer} has its own"
+
+
+def _loss_conflicts(job: Job) -> Iterator[tuple[str, str]]:
+    loss, negatives, scorer = job.loss, job.negatives, job.model.scorer
+    kinds = {"bce": ("per_positive", "chunk", "in_batch"), "softmax": ("shared", "all")}[loss.kind]
+    if negatives.kind not in kinds:
+        yield "negatives.kind", f"{negatives.kind} does not go with loss.kind {loss.kind}; use {' or '.join(kinds)}"
+    if loss.kind == "softmax":
+        if scorer in DISTANCES:
+            yield "loss.kind", f"softmax is for product scorers (complex, simple, distmult), not {scorer}; use bce"
+        if len(job.model.dims) > 8 and job.med.sub_models_per_step is None:
+            yield "med.sub_models_per_step", "softmax holds one score matrix per sub-model: at most 8 per step"
+        if job.med.sub_models_per_step is not None and job.med.sub_models_per_step > 8:
+            yield "med.sub_models_per_step", "softmax holds one score matrix per sub-model: at most 8 per step"
+        if negatives.filter_known:
+            yield "negatives.filter_known", "is for bce; softmax candidates keep known triples, as in the field"
+    else:
+        if negatives.kind != "per_positive" and job.train.batch_size % negatives.chunk_size:
+            yield "negatives.chunk_size", f"{negatives.chunk_size} does not divide batch_size {job.train.batch_size}"
+        if negatives.kind == "per_positive" and negatives.corrupt == "both" and negatives.number % 2:
+            yield "negatives.number", f"{negatives.number} is odd: with corrupt: both, half replace each side"
+        if negatives.kind == "in_batch" and negatives.chunk_size < 2:
+            yield "negatives.chunk_size", "in_batch needs chunks of at least 2 positives"
+    if job.med.form == "paper" and scorer not in DISTANCES and job.med.evolution != "off":
+        yield "med.form", f"exp(w1 / s) is undefined where s crosses 0, as {scorer}'s does; use bounded"
+    if len(loss.regularizer_weights) not in (1, len(job.model.dims)):
+        yield "loss.regularizer_weights", (
+            f"has {len(loss.regularizer_weights)} values; give 1, or {len(job.model.dims)} (one per level)"
+        )
+    if loss.regularizer == "none" and any(loss.regularizer_weights):
+        yield "loss.regularizer_weights", "is set, but loss.regularizer is none"
+
+
+def _short(dims: tuple[int, ...]) -> str:
+    shown = list(map(str, dims))
+    return "[" + ", ".join(shown if len(shown) <= 8 else [*shown[:3], "...", *shown[-2:]]) + "]"
