@@ -4,7 +4,9 @@ A directory counts only once its `manifest.json` is there, written last; nothing
 bytes are checked against the manifest (DCP and Parquet load flipped bits silently).
 """
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 from medscale.errors import MedscaleError
 from medscale.storage import fault_point, safe_join, sha256_of, write_json
 
-__all__ = ["MANIFEST", "Manifest", "read_manifest", "verify_files", "write_manifest"]
+__all__ = ["MANIFEST", "Manifest", "parse_json", "read_manifest", "verify_files", "write_manifest"]
 
 MANIFEST = "manifest.json"
 
@@ -32,6 +34,31 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
 
 
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text that a program wrote: no key twice in an object, no NaN or Infinity.
+
+    Raises:
+        ValueError: not such JSON, or nested beyond any use.
+
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it has the key {twice!r} twice")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
 def write_manifest(directory: Path, kind: str, format_version: int, facts: Mapping[str, Any]) -> Manifest:
     """Hash every file under `directory` and write its manifest, the last file to appear there."""
     names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
@@ -42,16 +69,12 @@ def write_manifest(directory: Path, kind: str, format_version: int, facts: Mappi
     }
     manifest = Manifest(kind, format_version, facts, files)
     fault_point("before-manifest")
-    write_json(
-        directory / MANIFEST,
-        {"kind": kind, "format": format_version, **{"facts": dict(facts)}, "files": files},
-    )
+    content = {"kind": kind, "format": format_version, "facts": dict(facts), "files": files}
+    write_json(directory / MANIFEST, content | {"seal": _seal(content)})
     return manifest
 
 
-def read_manifest(
-    directory: Path, kind: str, format_version: int, error: type[MedscaleError]
-) -> Manifest:
+def read_manifest(directory: Path, kind: str, format_version: int, error: type[MedscaleError]) -> Manifest:
     """Read and check the shape of a directory's manifest; file contents are `verify_files`' business.
 
     Raises:
@@ -60,7 +83,9 @@ def read_manifest(
     """
     path = directory / MANIFEST
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        if path.is_symlink():
+            raise ValueError("it is a link; a manifest lies in the directory that it describes")
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{directory} holds no {MANIFEST}: it was never completed, or is not a {kind}") from None
     except (OSError, ValueError) as cause:
@@ -84,7 +109,16 @@ def read_manifest(
             safe_join(directory, name)
         except MedscaleError as cause:
             raise error(f"{path}: {cause}") from None
+    if raw.pop("seal", None) != _seal(raw):
+        raise error(f"{path} is damaged: its text is not what was sealed when it was written")
     return Manifest(kind, format_version, facts, files)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """Return a hash of a manifest's values, so that a flipped bit in a fact is seen like one in a file."""
+    values = json.loads(json.dumps(content))  # as a reader will see them: keys are strings, tuples are lists
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def verify_files(directory: Path, manifest: Manifest, error: type[MedscaleError]) -> None:

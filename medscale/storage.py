@@ -37,7 +37,8 @@ __all__ = [
 TMP = ".tmp"
 TRASH = ".trash"
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+#: `.metadata` is the index that torch.distributed.checkpoint writes; no other name may be hidden
+_SAFE_NAME = re.compile(r"\.metadata|[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 #: Where tests may kill the process; `MEDSCALE_FAULT=point:count` does it the count-th time a point is passed.
 FAULT_POINTS = ("after-shard", "before-manifest", "before-rename", "after-rename", "during-retire", "step")

@@ -12,23 +12,24 @@ if nvidia-smi -L >/dev/null 2>&1; then flavour=cuda; else flavour=cpu; fi
 # Installed again whenever what is asked for changes.
 wanted="$flavour $torch_version $torchrec_version $fbgemm_version $(sha256sum pyproject.toml | cut -c1-16)"
 
-install_everything() {
+# A subshell, so that its trap cleans up and its failures end it.
+install_everything() (
     local python=${MEDSCALE_PYTHON:-$(command -v python3.11 || command -v python3)}
     "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || {
         echo "medscale needs Python 3.11 or 3.12; $python is $("$python" -V). Set MEDSCALE_PYTHON." >&2
-        return 1
+        exit 1
     }
     echo "setting up .venv ($flavour builds; some minutes, once) ..." >&2
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check) scratch
     scratch=$(mktemp -d)
-    trap 'rm -rf "$scratch"' RETURN
+    trap 'rm -rf "$scratch"' EXIT
     if [ "$flavour" = cpu ]; then
         "$venv/bin/python" -m pip --version | grep -q 'pip 2[3-9]' || "${pip[@]}" install -q 'pip>=23.2'
         # The configured sources first; PyTorch's own index of CPU builds where they have none.
         "${pip[@]}" install -q "torch==$torch_version+cpu" 2>"$scratch/torch.log" ||
             "${pip[@]}" install -q "torch==$torch_version+cpu" --index-url https://download.pytorch.org/whl/cpu ||
-            { cat "$scratch/torch.log" >&2; return 1; }
+            { cat "$scratch/torch.log" >&2; exit 1; }
         # torchrec asks for `fbgemm-gpu` by name, which is the CUDA wheel; the CPU build has another
         # name and owns the same folder. An empty wheel of the asked name that needs the CPU build
         # keeps the CUDA one out and `pip check` clean.
@@ -42,7 +43,7 @@ install_everything() {
     "${pip[@]}" install -q --find-links "$scratch" -c "$scratch/constraints.txt" -e '.[test]'
     "${pip[@]}" check
     echo "$wanted" > "$venv/medscale-setup"
-}
+)
 
 [ "$(cat "$venv/medscale-setup" 2>/dev/null)" = "$wanted" ] || install_everything
 export PATH="$venv/bin:$PATH"

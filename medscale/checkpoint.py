@@ -1,0 +1,325 @@
+"""Checkpoints: committed whole or not at all, verified before a byte is used, never fewer than two.
+
+A step is written by torch.distributed.checkpoint into `step-N.tmp`, with our manifest (bytes and SHA-256 of
+every file) last; fsync, rename to `step-N`, fsync of the parent make it count. Reading goes the other way
+round: manifest, sizes, hashes, and only then DCP, which would load flipped bits silently and unpickles its own
+`.metadata`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medscale.config import ModelSection
+from medscale.errors import CheckpointError
+from medscale.logs import log
+from medscale.manifest import Manifest, read_manifest, verify_files, write_manifest
+from medscale.model.embedding import TableRows
+from medscale.model.layout import Layout, layout_of
+from medscale.storage import (
+    commit_directory,
+    fault_point,
+    retire_directory,
+    staging_directory,
+    sweep_leftovers,
+)
+
+__all__ = [
+    "Checkpoint",
+    "Tables",
+    "changed_keys",
+    "committed_steps",
+    "find_resumable",
+    "layout_facts",
+    "layout_from_facts",
+    "load",
+    "newest_checkpoint",
+    "open_tables",
+    "retain",
+    "save",
+    "verify",
+]
+
+FORMAT = 1
+_STEP = re.compile(r"step-(\d{9,})")
+
+#: DCP's files of a step lie in a folder of their own
+_STATE = "state"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed step: where it lies, and what its manifest says."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """Steps trained."""
+        return int(self.manifest.facts["step"])
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Step, model, graph, job and progress, as saved."""
+        return self.manifest.facts
+
+
+def checkpoints_of(run_directory: Path) -> Path:
+    """Return the folder that holds a run's steps."""
+    return run_directory / "checkpoints"
+
+
+def committed_steps(run_directory: Path) -> list[Path]:
+    """Return the directories of committed steps, oldest first; their contents are not yet checked."""
+    folder = checkpoints_of(run_directory)
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
+
+
+def save(run_directory: Path, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
+    """Commit `state` (tensors, sharded or not, nested in mappings) as the step that `facts` names."""
+    folder = checkpoints_of(run_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{facts['step']:09d}"
+    with staging_directory(final) as draft:
+        try:
+            dcp.save(dict(state), checkpoint_id=draft / _STATE)
+        except Exception as cause:
+            # DCP wraps whatever happens in a worker (a full disk, say) in an exception of its own.
+            raise CheckpointError(f"{final} could not be written: {cause}; the steps before it are whole") from cause
+        fault_point("after-shard")
+        try:
+            write_manifest(draft, "checkpoint", FORMAT, facts)
+            commit_directory(draft, final)
+        except OSError as cause:
+            raise CheckpointError(f"{final} could not be written: {cause}; the steps before it are whole") from cause
+    return final
+
+
+def load(checkpoint: Checkpoint, state: dict[str, Any], *, collective: bool) -> None:
+    """Fill the tensors of `state` in place from a verified checkpoint.
+
+    Raises:
+        CheckpointError: DCP cannot match the tensors.
+
+    """
+    try:
+        dcp.load(state, checkpoint_id=checkpoint.directory / _STATE, no_dist=not collective)
+    except Exception as cause:
+        raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {cause}") from cause
+
+
+def verify(directory: Path) -> Checkpoint:
+    """Check every byte of a committed step against its manifest.
+
+    Raises:
+        CheckpointError: anything is damaged, missing, extra, or from another step; names the file.
+
+    """
+    manifest = read_manifest(directory, "checkpoint", FORMAT, CheckpointError)
+    if directory.name != f"step-{manifest.facts.get('step', -1):09d}":
+        raise CheckpointError(f"{directory} holds the files of step {manifest.facts.get('step')}: it was renamed")
+    verify_files(directory, manifest, CheckpointError)
+    return Checkpoint(directory, manifest)
+
+
+def find_resumable(run_directory: Path, resume: str) -> Checkpoint | None:
+    """Return the checkpoint to go on from, or None for a run directory that holds none.
+
+    Raises:
+        CheckpointError: the newest step is damaged, or `resume: never` meets steps. Never a silent fresh start.
+
+    """
+    sweep_leftovers(checkpoints_of(run_directory))
+    steps = committed_steps(run_directory)
+    if not steps:
+        if (run_directory / "metrics.jsonl").exists() and checkpoints_of(run_directory).is_dir():
+            if any(checkpoints_of(run_directory).iterdir()):
+                raise CheckpointError(
+                    f"{checkpoints_of(run_directory)} holds no committed step, but other files; this run cannot go "
+                    "on: move the run directory away to start afresh"
+                )
+        return None
+    if resume == "never":
+        raise CheckpointError(
+            f"{run_directory} already holds {steps[-1].name}; use checkpoint.resume: auto, or another job name"
+        )
+    if resume == "previous":
+        return _previous(steps)
+    try:
+        return verify(steps[-1])
+    except CheckpointError as damage:
+        way_out = (
+            f"to go on from {steps[-2].name}, run the same command with --resume previous"
+            if len(steps) > 1
+            else "no older step is left: move the run directory away to start afresh"
+        )
+        raise CheckpointError(f"{damage}; {way_out}") from None
+
+
+def _previous(steps: list[Path]) -> Checkpoint:
+    """Set the newest step aside if it is damaged, and return the newest one before it that is whole."""
+    damage: list[str] = []
+    for number, directory in enumerate(reversed(steps)):
+        try:
+            checkpoint = verify(directory)
+        except CheckpointError as cause:
+            damage.append(str(cause))
+            continue
+        if number == 0 and len(steps) > 1:
+            continue
+        for later in steps[len(steps) - number :]:
+            log(f"{later.name} is set aside as {later.name}.damaged")
+            later.rename(later.with_name(later.name + ".damaged"))
+        return checkpoint
+    raise CheckpointError(f"no usable checkpoint is left: {'; '.join(damage)}")
+
+
+def retain(run_directory: Path, keep: int, best: int | None) -> None:
+    """Retire all but the newest `keep` steps and the best one; a step that cannot be deleted is a warning."""
+    assert keep >= 2, "the newest step may be the one that a crash finds half-used"
+    for directory in committed_steps(run_directory)[:-keep]:
+        if best is not None and directory.name == f"step-{best:09d}":
+            continue
+        try:
+            retire_directory(directory)
+        except OSError as cause:
+            log(f"warning: {directory} could not be deleted ({cause}); it stays")
+
+
+def newest_checkpoint(run_directory: Path, step: int | None = None) -> Path:
+    """Return the directory of the best step of a run (by validation MRR), or of the newest, or of `step`.
+
+    Raises:
+        CheckpointError: there is none.
+
+    """
+    steps = committed_steps(run_directory)
+    if not steps:
+        raise CheckpointError(f"{run_directory} holds no committed checkpoint; train the job first")
+    if step is None:
+        facts = read_manifest(steps[-1], "checkpoint", FORMAT, CheckpointError).facts
+        step = facts.get("progress", {}).get("best_step")
+    wanted = [p for p in steps if step is not None and p.name == f"step-{step:09d}"]
+    if step is not None and not wanted:
+        raise CheckpointError(f"{run_directory} has no step {step}; it has {', '.join(p.name for p in steps)}")
+    return wanted[0] if wanted else steps[-1]
+
+
+class Tables:
+    """The tables of a checkpoint, read without a process group, block by block as they are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.facts = checkpoint.facts
+        self.layout: Layout = layout_from_facts(checkpoint.facts)
+        self._blocks: dict[str, Tensor] = {}
+
+    def rows(self) -> TableRows:
+        """Return the whole entity table."""
+        return TableRows([self._block(b.name, b.width) for b in self.layout.blocks], self.layout.num_columns)
+
+    @cached_property
+    def relation_table(self) -> Tensor:
+        """float32[rows, R]: the relation table."""
+        layout = self.layout
+        table = torch.empty(layout.num_relation_rows, layout.num_relation_columns)
+        load(self.checkpoint, {"dense": {"relations": table}}, collective=False)
+        return table
+
+    def entity_columns(self, start: int, stop: int, num_columns: int) -> NDArray[np.float32]:
+        """Return the first `num_columns` columns of rows start .. stop - 1; reads only the blocks that hold them."""
+        needed = [b for b in self.layout.blocks if b.start < num_columns]
+        parts = [self._block(b.name, b.width)[start:stop] for b in needed]
+        columns: NDArray[np.float32] = torch.cat(parts, 1)[:, :num_columns].contiguous().numpy()
+        return columns
+
+    def relations(self, num_columns: int) -> NDArray[np.float32]:
+        """Return the first `num_columns` columns of the relation table."""
+        columns: NDArray[np.float32] = self.relation_table[:, :num_columns].contiguous().numpy()
+        return columns
+
+    def _block(self, name: str, width: int) -> Tensor:
+        if name not in self._blocks:
+            self._blocks[name] = torch.empty(self.layout.num_entities, width)
+            load(self.checkpoint, {"entities": {name: self._blocks[name]}}, collective=False)
+        return self._blocks[name]
+
+
+def open_tables(directory: Path) -> Tables:
+    """Verify a committed step and open its tables.
+
+    Raises:
+        CheckpointError: it is damaged.
+
+    """
+    return Tables(verify(directory))
+
+
+def layout_facts(layout: Layout, norm: str) -> dict[str, Any]:
+    """Return what a checkpoint or an export must say so that its columns can be read."""
+    return {
+        "scorer": layout.scorer.name,
+        "norm": norm,
+        "dims": list(layout.dims),
+        "tiers": dict(layout.tiers),
+        "damping": layout.damping,
+        "reciprocal": layout.reciprocal,
+        "num_entities": layout.num_entities,
+        "num_relations": layout.num_relations,
+        "unit_columns": layout.scorer.unit_columns,
+        "relation_unit_columns": layout.scorer.relation_unit_columns,
+    }
+
+
+def layout_from_facts(facts: Mapping[str, Any]) -> Layout:
+    """Return the layout that `layout_facts` described."""
+    section = ModelSection(
+        scorer=facts["scorer"],
+        norm=facts["norm"],
+        dims=tuple(facts["dims"]),
+        tiers=facts["tiers"],
+        reciprocal=facts["reciprocal"],
+        damping=facts["damping"],
+    )
+    return layout_of(section, facts["num_entities"], facts["num_relations"])
+
+
+#: keys that may change between runs of one run directory: none of them touches what a step computes
+MUTABLE_KEYS = frozenset({
+    "train.epochs", "train.patience", "train.log_every", "train.validate_every", "train.valid_triples",
+    "train.watch_dim", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "evaluate.split",
+    "evaluate.max_triples", "evaluate.memory_mib", "runtime.device", "runtime.threads", "runtime.memory_gib",
+    "graph.memory_mib",
+})  # fmt: skip
+
+
+def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return `key: saved -> current` for every key that differs and must not; both are resolved jobs."""
+    before, now = _flat(saved), _flat(current)
+    keys = sorted((before.keys() | now.keys()) - MUTABLE_KEYS)
+    # The end of a linear schedule is part of what every step computes.
+    if now.get("optimizer.schedule") == "linear":
+        keys.append("train.epochs")
+    return [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,171 @@
+"""Filtered evaluation of every sub-model: `python -m medscale.evaluate JOB`.
+
+Writes into the run directory: `evaluation.json` (the records, see `ranking.records_of`), `evaluation_summary.json`
+(parameters, MRR per million parameters, ability retention, what was ranked) and `evaluation_by_relation.csv`.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from medscale.checkpoint import Tables, newest_checkpoint, open_tables
+from medscale.config import Job
+from medscale.distributed import choose_device, choose_threads
+from medscale.errors import CheckpointError, GraphError
+from medscale.graph.known_triples import KnownTriples
+from medscale.graph.reader import Graph
+from medscale.logs import log, progress
+from medscale.model.embedding import TableRows
+from medscale.options import job_parser, run_command
+from medscale.ranking import (
+    Ranks,
+    ability_retention,
+    rank_all,
+    records_of,
+    relation_records,
+    sample_triples,
+)
+from medscale.storage import write_atomic, write_json
+
+__all__ = ["PROTOCOL", "evaluate", "main", "print_table"]
+
+PROTOCOL = "filtered by train+valid+test, realistic ranks for ties, all entities as candidates"
+
+
+def evaluate(
+    job: Job, graph: Graph, run_directory: Path, *, split: str | None = None, step: int | None = None
+) -> list[dict[str, Any]]:
+    """Rank a split with the best step of a run (or `step`), write the results, and return the records.
+
+    Raises:
+        CheckpointError: no usable checkpoint, or one trained on another graph.
+        GraphError: the split is empty.
+
+    """
+    split = split or job.evaluate.split
+    tables = open_tables(newest_checkpoint(run_directory, step))
+    if tables.facts["graph_sha256"] != graph.sha256:
+        raise CheckpointError(
+            f"{tables.checkpoint.directory} was trained on another graph than {graph.directory}; train anew"
+        )
+    triples = sample_triples(graph.triples(split), job.evaluate.max_triples, job.seed)
+    if not len(triples):
+        raise GraphError(f"{graph.directory}: the {split} split is empty; name files or a fraction in the job")
+    start = time.monotonic()
+    ranks = _rank(job, graph, tables, triples, split)
+    records = records_of(ranks, split)
+    write_json(run_directory / "evaluation.json", records)
+    write_json(
+        run_directory / "evaluation_summary.json", _summary(tables, graph, ranks, records, split, time.monotonic() - start)
+    )
+    names = graph.relation_names().to_pylist()
+    _write_csv(run_directory / "evaluation_by_relation.csv", relation_records(ranks, triples[:, 1], names))
+    return records
+
+
+def _rank(job: Job, graph: Graph, tables: Tables, triples: Any, split: str) -> Ranks:
+    device = choose_device(job.runtime)
+    choose_threads(job.runtime)
+    rows = tables.rows()
+    rows = TableRows([block.to(device) for block in rows.blocks], rows.num_columns)
+    with progress(f"ranking {split}", 2 * len(triples), "queries") as advance:
+        return rank_all(
+            triples, rows, tables.relation_table.to(device), tables.layout, KnownTriples.of_graph(graph),
+            memory_mib=job.evaluate.memory_mib, advance=advance,
+        )  # fmt: skip
+
+
+def _summary(
+    tables: Tables, graph: Graph, ranks: Ranks, records: Sequence[dict[str, Any]], split: str, seconds: float
+) -> dict[str, Any]:
+    """Return what the records alone do not say."""
+    layout = tables.layout
+    field = {r["dim"]: r["mrr"] for r in records if r["protocol"] == "field" and r["side"] == "both"}
+    millions = {dim: layout.num_parameters(dim) / 1e6 for dim in layout.dims}
+    return {
+        "job": tables.facts["job_name"],
+        "step": tables.facts["step"],
+        "split": split,
+        "protocol": PROTOCOL,
+        "triples_ranked": ranks.head.shape[1],
+        "triples_in_split": graph.num_triples[split],
+        "unseen_dropped": bool(tables.facts["job"]["graph"]["drop_unseen"]),
+        "parameters_million": millions,
+        "effi_mrr_per_million_parameters": {dim: field[dim] / millions[dim] for dim in layout.dims},
+        "ability_retention_ratio": ability_retention(ranks),
+        "seconds": round(seconds, 2),
+        "torch": torch.__version__,
+    }
+
+
+def _write_csv(path: Path, rows: Any) -> None:
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+def print_table(records: Sequence[dict[str, Any]], run_directory: Path, console: Console | None = None) -> None:
+    """Print one line per sub-model: the field's protocol, both sides, and the paper's MRR beside it."""
+    summary = json.loads((run_directory / "evaluation_summary.json").read_text(encoding="utf-8"))
+    table = Table(title=f"{summary['job']}, step {summary['step']:,}, {summary['split']}", caption=(
+        f"{summary['triples_ranked']:,} of {summary['triples_in_split']:,} triples, both sides; {PROTOCOL}"
+        f"{'; triples with unseen entities were dropped' if summary['unseen_dropped'] else ''}. "
+        f"Ability retention {summary['ability_retention_ratio']:.3f}."
+    ))  # fmt: skip
+    for heading in ("dim", "MRR", "Hits@1", "Hits@3", "Hits@10", "mean rank", "MRR (paper's)", "M parameters", "Effi"):
+        table.add_column(heading, justify="right")
+    paper = {r["dim"]: r["mrr"] for r in records if r["protocol"] == "paper"}
+    for record in records:
+        if record["protocol"] != "field" or record["side"] != "both":
+            continue
+        dim = record["dim"]
+        figures = [f"{record[k]:.4f}" for k in ("mrr", "hits@1", "hits@3", "hits@10")]
+        table.add_row(
+            str(dim), *figures, f"{record['mean_rank']:,.1f}", f"{paper[dim]:.4f}",
+            f"{summary['parameters_million'][str(dim)]:.3f}",
+            f"{summary['effi_mrr_per_million_parameters'][str(dim)]:.3f}",
+        )  # fmt: skip
+    (console or Console()).print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code."""
+    parser = job_parser("evaluate", "Rank a split with every sub-model of a trained job: filtered, both sides, all entities.")
+    parser.add_argument("--split", choices=("test", "valid"), help="default: the job's evaluate.split")
+    parser.add_argument("--step", type=int, help="checkpoint to rank with (default: the best on validation, else the newest)")
+    parser.add_argument("--json", action="store_true", help="print the records as JSON lines on stdout instead of a table")
+    return run_command(lambda: _main(parser.parse_args(argv)))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    from medscale.jobfile import load_job
+    from medscale.prepare import prepare
+
+    job = load_job(arguments.job)
+    graph = prepare(job, data_root=arguments.data_dir, graphs_root=arguments.graphs_dir)
+    run_directory = arguments.runs_dir / job.name
+    records = evaluate(job, graph, run_directory, split=arguments.split, step=arguments.step)
+    if arguments.json:
+        for record in records:
+            print(json.dumps(record))
+    else:
+        print_table(records, run_directory)
+        log(f"written: {run_directory / 'evaluation.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""A graph directory, opened: its facts, its triples as arrays, its names."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from medscale.errors import GraphError
+from medscale.graph.schema import (
+    ENTITIES,
+    ENTITY_TYPES,
+    GRAPH_FORMAT,
+    GRAPH_KIND,
+    NAMES_SCHEMA,
+    RELATIONS,
+    SPLITS,
+    TRIPLE_COLUMNS,
+    TRIPLES_SCHEMA,
+    TYPES_SCHEMA,
+    open_parquet,
+)
+from medscale.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from medscale.storage import safe_join, sha256_of
+
+__all__ = ["Graph", "open_graph"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A prepared graph. What its methods return is read from disk anew, and checked, at every call."""
+
+    directory: Path
+    name: str
+    num_entities: int
+    num_relations: int
+    #: by split: "train", "valid", "test"
+    num_triples: Mapping[str, int]
+    #: of the manifest, which holds the hash of every file: the identity of the graph
+    sha256: str
+    #: all that was counted while the graph was prepared, and its origin
+    facts: Mapping[str, Any]
+    #: relative names of all files, in order
+    files: tuple[str, ...]
+
+    def parts(self, split: str) -> list[Path]:
+        """Return the Parquet files of a split ("train", "valid", "test"), in order; none if it is empty."""
+        assert split in SPLITS, split
+        return self._under(split)
+
+    def triples(self, split: str) -> npt.NDArray[np.int64]:
+        """Return all triples of a split, int64 [num_triples, 3] (head, relation, tail), in the order of the files.
+
+        Raises:
+            GraphError: a file is damaged, or holds other columns, rows or ids than the manifest says.
+
+        """
+        triples = np.empty((self.num_triples[split], 3), dtype=np.int64)
+        filled = 0
+        for path in self.parts(split):
+            for rows in self.read_part(path):
+                if filled + len(rows) > len(triples):
+                    raise GraphError(f"{path} holds more rows than its manifest says; prepare the graph anew")
+                triples[filled : filled + len(rows)] = rows
+                filled += len(rows)
+        if filled != len(triples):
+            raise GraphError(
+                f"{self.directory}: {split} holds {filled} triples, its manifest says {len(triples)}"
+            )
+        return triples
+
+    def read_part(self, path: Path) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield one file's triples, int64 [rows, 3] per row group, so that one row group is in memory.
+
+        Raises:
+            GraphError: the file is damaged, has other columns, or holds ids out of range; names row group and row.
+
+        """
+        limits = np.array([self.num_entities, self.num_relations, self.num_entities])
+        for group, table in enumerate(_row_groups(path, TRIPLES_SCHEMA)):
+            rows = np.stack([table.column(column).to_numpy() for column in TRIPLE_COLUMNS], axis=1)
+            outside = (rows < 0) | (rows >= limits)
+            if outside.any():
+                row, column = np.argwhere(outside)[0]
+                raise GraphError(
+                    f"{path}: row group {group}, row {row} (both from 0): {TRIPLE_COLUMNS[column]} "
+                    f"{rows[row, column]} is out of range 0..{limits[column] - 1}; prepare the graph anew"
+                )
+            yield rows
+
+    def entity_names(self) -> pa.Array:
+        """Return the entities' names, string [num_entities]; the index is the id.
+
+        Raises:
+            GraphError: a file is damaged, or ids are not dense.
+
+        """
+        return self._names(self._under(ENTITIES), self.num_entities)
+
+    def relation_names(self) -> pa.Array:
+        """Return the relations' names, string [num_relations]; the index is the id.
+
+        Raises:
+            GraphError: the file is damaged, or ids are not dense.
+
+        """
+        return self._names(self._under(RELATIONS), self.num_relations)
+
+    def entity_types(self) -> pa.Table | None:
+        """Return (entity int64, type string, label string or null), ordered by entity; None if there are none.
+
+        An entity may have no type, or several.
+
+        Raises:
+            GraphError: a file is damaged, or names an entity out of range.
+
+        """
+        paths = self._under(ENTITY_TYPES)
+        if not paths:
+            return None
+        table = pa.concat_tables([rows for path in paths for rows in _row_groups(path, TYPES_SCHEMA)])
+        entities = table.column("entity").to_numpy()
+        if len(entities) and not 0 <= entities.min() <= entities.max() < self.num_entities:
+            raise GraphError(
+                f"{self.directory / ENTITY_TYPES} names an entity out of range; prepare the graph anew"
+            )
+        return table
+
+    def _under(self, prefix: str) -> list[Path]:
+        return [safe_join(self.directory, name) for name in self.files if name.split("/")[0] == prefix]
+
+    def _names(self, paths: list[Path], count: int) -> pa.Array:
+        table = pa.concat_tables(
+            [NAMES_SCHEMA.empty_table(), *(t for p in paths for t in _row_groups(p, NAMES_SCHEMA))]
+        )
+        ids = table.column("id").to_numpy()
+        if not np.array_equal(ids, np.arange(count)):
+            raise GraphError(f"{paths or self.directory}: ids are not 0..{count - 1}; prepare the graph anew")
+        names = table.column("name")
+        # One chunk of 32-bit offsets holds 2 GiB of names; more names stay as they are.
+        return names.combine_chunks() if names.nbytes < 2**31 else names
+
+
+def open_graph(directory: Path, *, verify: bool = True) -> Graph:
+    """Open a graph directory; with `verify` every byte is checked against the manifest first.
+
+    Raises:
+        GraphError: it is missing, incomplete, damaged, or of another format; names the file.
+
+    """
+    manifest = read_manifest(directory, GRAPH_KIND, GRAPH_FORMAT, GraphError)
+    if verify:
+        verify_files(directory, manifest, GraphError)
+    name, entities, relations, triples = _checked_facts(directory, manifest)
+    identity = sha256_of(directory / MANIFEST)
+    return Graph(
+        directory, name, entities, relations, triples, identity, manifest.facts, tuple(sorted(manifest.files))
+    )
+
+
+def _checked_facts(directory: Path, manifest: Manifest) -> tuple[str, int, int, dict[str, int]]:
+    facts = manifest.facts
+    name, triples = facts.get("name"), facts.get("num_triples")
+    entities, relations = facts.get("num_entities"), facts.get("num_relations")
+    if not isinstance(name, str) or not _is_count(entities) or not _is_count(relations):
+        raise GraphError(f"{directory / MANIFEST} is damaged: name, num_entities or num_relations is missing")
+    if not isinstance(triples, dict) or not all(_is_count(triples.get(split)) for split in SPLITS):
+        raise GraphError(f"{directory / MANIFEST} is damaged: num_triples is missing or wrong")
+    return name, int(entities), int(relations), {split: int(triples[split]) for split in SPLITS}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _row_groups(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    try:
+        with open_parquet(path) as parquet:
+            if not parquet.schema_arrow.equals(schema):
+                raise GraphError(
+                    f"{path} has columns {parquet.schema_arrow.names}, not {schema.names} as written"
+                )
+            for group in range(parquet.metadata.num_row_groups):
+                yield parquet.read_row_group(group)
+    except (pa.ArrowException, OSError) as cause:
+        raise GraphError(f"{path} is damaged or missing: {cause}; prepare the graph anew") from None

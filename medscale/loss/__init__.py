@@ -1,0 +1,1 @@
+"""Losses: of one sub-model (bce, softmax, regularizer) and of all together (med)."""

@@ -1,0 +1,54 @@
+"""Binary cross-entropy on logits z_i = a_i (gamma_i + s_i) (equations 1 and 5)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medscale.config import LossSection
+
+__all__ = ["Logits", "binary_cross_entropy", "logits_of"]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The constants that turn scores into logits, one pair per sub-model."""
+
+    #: [n]
+    margins: Tensor
+    #: [n]
+    temperatures: Tensor
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Return logits [n, ...] of scores [n, ...]."""
+        shape = (-1,) + (1,) * (scores.dim() - 1)
+        return self.temperatures.view(shape) * (self.margins.view(shape) + scores)
+
+
+def logits_of(section: LossSection, dims: tuple[int, ...], *, is_distance: bool, device: torch.device) -> Logits:
+    """Return each sub-model's margin and temperature.
+
+    A distance grows with the number of units, so one margin for all prefixes leaves the small ones no room;
+    gamma_i = gamma sqrt(d_i / d_n) with a_i = sqrt(d_n / d_i) does. Products cross 0 and need neither.
+    """
+    sizes = torch.tensor(dims, dtype=torch.float32, device=device)
+    ratio, ones = (sizes / sizes[-1]).sqrt(), torch.ones_like(sizes)
+    if not is_distance:
+        return Logits(torch.zeros_like(sizes), ones)
+    return Logits(
+        margins=section.margin * (ratio if section.margin_scaling == "sqrt" else ones),
+        temperatures=1 / ratio if section.temperature == "sqrt" else ones,
+    )
+
+
+def binary_cross_entropy(
+    positive_nB: Tensor, positive_weights_nB: Tensor, negative_nBK: Tensor, negative_weights_nBK: Tensor
+) -> Tensor:
+    """Return each sub-model's loss [n] from logits and weights (equation 5).
+
+    Weights sum to 1 over positives and to 1 over negatives, so the loss does not grow with the batch.
+    """
+    positives = (positive_weights_nB * F.logsigmoid(positive_nB)).flatten(1).sum(1)
+    negatives = (negative_weights_nBK * F.logsigmoid(-negative_nBK)).flatten(1).sum(1)
+    return -(positives + negatives)

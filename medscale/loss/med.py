@@ -1,0 +1,108 @@
+"""MED: mutual learning (equation 2), evolutionary improvement (3-5), dynamic loss weight (6).
+
+All functions take scores or logits sub-model first, smallest sub-model first. The paper leaves several things
+open, and its letter is fragile; what is done instead, and why, stands with each function.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "ScalingParameters",
+    "dynamic_weights",
+    "mutual_divergence",
+    "mutual_huber",
+    "negative_weights",
+    "positive_weights",
+]
+
+_FAR = -1e30
+
+
+class ScalingParameters(torch.nn.Module):
+    """w1, w2, w3 of equations 3, 4 and 6: constants, or trained under a log-barrier.
+
+    Plain minimisation drives all three the wrong way (w3 -> -inf; w1 and w2 below 0, towards the easiest
+    triples), so `barrier() = -strength * (log w1 + log w2 + log w3)` joins the loss and keeps them positive.
+    """
+
+    #: trained values never fall below this
+    FLOOR = 1e-3
+
+    def __init__(self, w1: float, w2: float, w3: float, *, learnable: bool, barrier: float) -> None:
+        super().__init__()
+        self.values = torch.nn.Parameter(torch.tensor([w1, w2, w3]), requires_grad=learnable)
+        self.strength = barrier
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return w1, w2, w3."""
+        w1, w2, w3 = self.values.unbind()
+        return w1, w2, w3
+
+    def barrier(self) -> Tensor:
+        """Return what keeps trained values positive; 0 for constants."""
+        return -self.strength * self.values.log().sum() if self.values.requires_grad else self.values.new_zeros(())
+
+    def clamp(self) -> None:
+        """Undo a step across the barrier."""
+        with torch.no_grad():
+            self.values.clamp_(min=self.FLOOR)
+
+
+def positive_weights(evidence_nB: Tensor, w1: Tensor, *, form: str) -> Tensor:
+    """Weights [n, B] of positives, summing to 1 over the batch for each sub-model (equation 3).
+
+    `evidence_nB` is what the weight of sub-model i's positives depends on. Form `paper`: raw scores s of a
+    distance, always below 0, weight exp(w1 / s). Form `bounded`: probabilities of truth p in [0, 1], weight
+    exp(w1 (1 - p)); it keeps the stated monotonicity for every scorer, where 1 / s blows up as s crosses 0.
+    The evidence is detached: weights steer the loss, no gradient flows through them into the scores.
+    """
+    evidence_nB = evidence_nB.detach()
+    exponent = w1 / evidence_nB.clamp(max=-1e-6) if form == "paper" else w1 * (1 - evidence_nB)
+    return torch.softmax(exponent, -1)
+
+
+def negative_weights(evidence_nXPK: Tensor, w2: Tensor, keep_XPK: Tensor | None, *, over: str) -> Tensor:
+    """Weights [n, X, P, K] of negatives, softmax of w2 x evidence (equation 4), summing to 1 per sub-model.
+
+    Over "positive": within each positive's K negatives, every positive counting the same (as self-adversarial
+    sampling does). Over "batch": one softmax over all negatives, the letter of the paper, and far worse.
+    Candidates that `keep_XPK` marks False weigh 0.
+    """
+    exponent_nXPK = w2 * evidence_nXPK.detach()
+    if keep_XPK is not None:
+        exponent_nXPK = exponent_nXPK.masked_fill(~keep_XPK, _FAR)
+    if over == "batch":
+        weights = torch.softmax(exponent_nXPK.flatten(1), -1).view_as(exponent_nXPK)
+    else:
+        weights = torch.softmax(exponent_nXPK, -1) / (exponent_nXPK.shape[1] * exponent_nXPK.shape[2])
+    return weights if keep_XPK is None else weights * keep_XPK
+
+
+def mutual_huber(smaller_pT: Tensor, larger_pT: Tensor) -> Tensor:
+    """Mutual learning between p pairs of neighbours [p]: Huber (delta 1), mean over T triples (equation 2).
+
+    The paper sums over triples, which swamps every other term. Gradient flows into whatever is not detached:
+    both ways, or, with a detached `larger_pT`, the larger teaches the smaller only, which was best at every
+    dim and free at the top.
+    """
+    return F.huber_loss(smaller_pT, larger_pT, reduction="none", delta=1.0).mean(1)
+
+
+def mutual_divergence(log_small_QM: Tensor, log_large_QM: Tensor, *, both: bool) -> Tensor:
+    """Mutual learning for softmax losses: KL(large || small), mean over queries; a scalar.
+
+    Both ways adds KL(small || large), each with the other side as a detached teacher.
+    """
+    loss = _divergence(log_large_QM.detach(), log_small_QM)
+    return loss + _divergence(log_small_QM.detach(), log_large_QM) if both else loss
+
+
+def dynamic_weights(dims: Tensor, w3: Tensor) -> Tensor:
+    """Return exp(w3 d_i / d_n), the weight [n] of each sub-model's own loss (equation 6)."""
+    return torch.exp(w3 * dims / dims[-1])
+
+
+def _divergence(teacher_QM: Tensor, student_QM: Tensor) -> Tensor:
+    return F.kl_div(student_QM, teacher_QM, reduction="batchmean", log_target=True)

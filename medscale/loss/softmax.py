@@ -1,0 +1,27 @@
+"""Cross-entropy over candidates, grouped by query: one row of scores serves all answers of a query."""
+
+import torch
+from torch import Tensor
+
+from medscale.batches.queries import Targets
+
+__all__ = ["log_probabilities", "target_log_probabilities"]
+
+
+def log_probabilities(scores_QM: Tensor, bias_M: Tensor | None) -> Tensor:
+    """Return log p(candidate | query) [Q, M].
+
+    `bias_M` corrects for sampling: log of how many entities a sampled candidate stands for, so that the
+    partition function is estimated without bias. A bias shifts no entity's own score in evaluation.
+    """
+    return torch.log_softmax(scores_QM if bias_M is None else scores_QM + bias_M, -1)
+
+
+def target_log_probabilities(scores_QM: Tensor, bias_M: Tensor | None, targets: Targets) -> Tensor:
+    """Return log p(target | query) [T], without keeping the whole distribution.
+
+    Other answers of the same query stay in the partition function, as they would for single triples.
+    """
+    biased_QM = scores_QM if bias_M is None else scores_QM + bias_M
+    partition_Q = torch.logsumexp(biased_QM, -1)
+    return biased_QM[targets.query_T, targets.candidate_T] - partition_Q[targets.query_T]

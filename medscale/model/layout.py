@@ -1,0 +1,85 @@
+"""Columns: where units, levels and blocks lie in a row of the entity table and of the relation table.
+
+A **level** j is the units between sub-model boundaries d_(j-1) and d_j. A **block** is a slice of columns held
+as one TorchRec table: cut at tier boundaries, rounded up to 4 columns because the fused kernels want that.
+Blocks are a storage matter; a crop is always the first `dim x unit_columns` columns.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from medscale.config import ModelSection
+from medscale.model.scoring import Scorer, scorer_of
+
+__all__ = ["Block", "Layout", "layout_of"]
+
+#: table widths of FBGEMM's fused kernels are multiples of this
+WIDTH_MULTIPLE = 4
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns [start, start + width) of the entity table; the last block may end in unused columns."""
+
+    name: str
+    start: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a model's tables."""
+
+    scorer: Scorer
+    #: units of each sub-model, increasing
+    dims: tuple[int, ...]
+    tiers: Mapping[str, int]
+    num_entities: int
+    #: relations of the graph; the table has twice as many rows with `reciprocal`
+    num_relations: int
+    reciprocal: bool
+    #: kappa: s_i = B_i + kappa s_(i-1)
+    damping: float
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of an entity row."""
+        return self.dims[-1] * self.scorer.unit_columns
+
+    @property
+    def num_relation_columns(self) -> int:
+        """Columns of a relation row."""
+        return self.dims[-1] * self.scorer.relation_unit_columns
+
+    @property
+    def num_relation_rows(self) -> int:
+        """Rows of the relation table."""
+        return self.num_relations * (2 if self.reciprocal else 1)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The physical slices, in order; together they cover every column once."""
+        ends = sorted({self._rounded(dim) for dim in (*self.tiers.values(), self.dims[-1])})
+        starts = [0, *ends[:-1]]
+        return tuple(Block(f"columns_{a}", a, b - a) for a, b in zip(starts, ends, strict=True))
+
+    def num_parameters(self, dim: int) -> int:
+        """Return the numbers that a crop to `dim` units holds."""
+        entities = self.num_entities * self.scorer.unit_columns
+        return dim * (entities + self.num_relation_rows * self.scorer.relation_unit_columns)
+
+    def _rounded(self, dim: int) -> int:
+        return -(-dim * self.scorer.unit_columns // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def layout_of(section: ModelSection, num_entities: int, num_relations: int) -> Layout:
+    """Return the layout of a job's model on a graph of this size."""
+    return Layout(
+        scorer=scorer_of(section),
+        dims=section.dims,
+        tiers=dict(section.tiers),
+        num_entities=num_entities,
+        num_relations=num_relations,
+        reciprocal=section.reciprocal,
+        damping=section.damping,
+    )

@@ -1,0 +1,141 @@
+"""Scores of all sub-models from one pass over the columns.
+
+A score is a sum over units, so sub-model i's score is a partial sum of the largest one's:
+
+    s_i = B_i + kappa s_(i-1),   B_j = level j's own sum,   kappa = 1 (or the damping)
+
+Distances: sums over groups of units (the largest group size that divides every boundary), then one small
+product with the constant matrix of group weights kappa^(i - level). Products: one matrix product per level,
+each added to the damped sum so far. Every column is read once, whatever the number of sub-models, and autograd
+gives the reverse scan. `reference` holds the plain twin that scores each sub-model on its own.
+
+Shapes: X chunks of P positives (or queries) that share K candidates; C columns; n sub-models. Scores come
+sub-model first, [n, X, P, K], so that each sub-model's scores lie together.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medscale.model.scoring import Scorer
+
+__all__ = ["PrefixScan", "prefix_scan"]
+
+
+@dataclass(frozen=True)
+class PrefixScan:
+    """The constants of one pass: which sub-models, and how columns and groups weigh in each."""
+
+    scorer: Scorer
+    #: units of the sub-models to score, increasing
+    dims: tuple[int, ...]
+    #: columns up to which sub-models need rows
+    num_columns: int
+    #: [G, n]: weight of a group of units in a sub-model (0 beyond its end)
+    group_weights_Gn: Tensor
+    #: [C]: weight of a column in the first of `dims` that holds it
+    column_weights_C: Tensor
+    #: [n]: weight of the sum so far when the next of `dims` begins
+    carry_n: tuple[float, ...]
+
+    def scores(self, query_XPC: Tensor, candidates_XKC: Tensor, scale_XPC: Tensor | None = None) -> Tensor:
+        """Return scores [n, X, P, K] of every candidate for every query of its chunk.
+
+        `scale_XPC` is the scorer's factor on the candidates' columns, where it has one. More columns than
+        the largest sub-model needs are ignored.
+        """
+        query_XPC, candidates_XKC = query_XPC[..., : self.num_columns], candidates_XKC[..., : self.num_columns]
+        if not self.scorer.is_distance:
+            return torch.stack(self.product_scores(query_XPC, candidates_XKC))
+        candidates_XPKC = candidates_XKC.unsqueeze(1)
+        if scale_XPC is not None:
+            candidates_XPKC = candidates_XPKC * scale_XPC[..., : self.num_columns].unsqueeze(2)
+        return self._distance_scores(query_XPC.unsqueeze(2) - candidates_XPKC)
+
+    def pair_scores(self, query_RC: Tensor, candidate_RC: Tensor, scale_RC: Tensor | None = None) -> Tensor:
+        """Return scores [n, R] of one candidate for each query."""
+        scale_R1C = None if scale_RC is None else scale_RC.unsqueeze(1)
+        return self.scores(query_RC.unsqueeze(1), candidate_RC.unsqueeze(1), scale_R1C)[:, :, 0, 0]
+
+    def product_scores(self, query_XPC: Tensor, candidates_XKC: Tensor) -> list[Tensor]:
+        """Return n score tensors [X, P, K] of a product scorer, smallest sub-model first."""
+        assert not self.scorer.is_distance
+        weighted_XPC = query_XPC * self.column_weights_C
+        sums: list[Tensor] = []
+        start = 0
+        for dim, carry in zip(self.dims, self.carry_n, strict=True):
+            stop = dim * self.scorer.unit_columns
+            level_XPc = weighted_XPC[..., start:stop]
+            level_XcK = candidates_XKC[..., start:stop].transpose(1, 2)
+            sums.append(
+                torch.baddbmm(sums[-1], level_XPc, level_XcK, beta=carry) if sums else level_XPc @ level_XcK
+            )
+            start = stop
+        return sums
+
+    def _distance_scores(self, difference_XPKC: Tensor) -> Tensor:
+        groups_XPKGc = difference_XPKC.unflatten(-1, (self.group_weights_Gn.shape[0], -1))
+        match self.scorer.geometry:
+            case "l1":
+                sums_XPKG = groups_XPKGc.abs().sum(-1)
+            case "l2":
+                sums_XPKG = groups_XPKGc.square().sum(-1)
+            case _:
+                sums_XPKG = torch.linalg.vector_norm(groups_XPKGc.unflatten(-1, (-1, 2)), dim=-1).sum(-1)
+        scores_nXPK = torch.einsum("xpkg,gn->nxpk", sums_XPKG, self.group_weights_Gn)
+        return -_safe_sqrt(scores_nXPK) if self.scorer.geometry == "l2" else -scores_nXPK
+
+
+def prefix_scan(
+    scorer: Scorer,
+    dims: Sequence[int],
+    damping: float = 1.0,
+    selected: Sequence[int] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PrefixScan:
+    """Return the scan over all sub-models of `dims`, or over those at the `selected` positions only.
+
+    Skipping a sub-model changes no score of the others: their damping counts the levels of the full list.
+    """
+    positions = list(range(len(dims))) if selected is None else list(selected)
+    boundaries = [dims[i] for i in positions]
+    # levels matter only where they are damped apart; a common divisor keeps groups inside levels
+    size = math.gcd(*(dims if damping < 1 else boundaries))
+    group_level_G = _levels(dims, range(0, boundaries[-1], size))
+    weights = [
+        [damping ** (i - level) if unit < dims[i] else 0.0 for i in positions]
+        for level, unit in zip(group_level_G, range(0, boundaries[-1], size), strict=True)
+    ]
+    holder = dict(zip(boundaries, positions, strict=True))
+    units = range(boundaries[-1])
+    column_weights = [
+        damping ** (holder[next(b for b in boundaries if unit < b)] - level)
+        for unit, level in zip(units, _levels(dims, units), strict=True)
+    ]
+    carry = [0.0] + [damping ** (b - a) for a, b in zip(positions, positions[1:], strict=False)]
+    return PrefixScan(
+        scorer=scorer,
+        dims=tuple(boundaries),
+        num_columns=boundaries[-1] * scorer.unit_columns,
+        group_weights_Gn=torch.tensor(weights, dtype=dtype, device=device),
+        column_weights_C=torch.tensor(column_weights, dtype=dtype, device=device).repeat_interleave(
+            scorer.unit_columns
+        ),
+        carry_n=tuple(carry),
+    )
+
+
+def _levels(dims: Sequence[int], units: range) -> list[int]:
+    """Return the level (0-based) of each unit."""
+    return [next(i for i, dim in enumerate(dims) if unit < dim) for unit in units]
+
+
+def _safe_sqrt(squares: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0, as a distance's is chosen to be, instead of infinite."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)

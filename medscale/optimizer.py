@@ -1,0 +1,93 @@
+"""Optimizers: fused on the entity blocks, torch.optim on relations and scaling parameters, one schedule."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from medscale.config import OptimizerSection
+from medscale.errors import UnsupportedError
+from medscale.model.embedding import EntityTable
+
+__all__ = ["Optimizers", "fused_optimizer", "learning_rate_factor"]
+
+#: small enough to leave Adagrad's first steps at full size
+_EPS = 1e-10
+
+
+def fused_optimizer(
+    section: OptimizerSection, device: torch.device
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return the class and arguments that select FBGEMM's fused optimizer of the entity blocks.
+
+    Raises:
+        UnsupportedError: Adam on a CPU, where FBGEMM does not offer it fused.
+
+    """
+    match section.kind:
+        case "rowwise_adagrad":
+            return RowWiseAdagrad, {"lr": section.lr, "eps": _EPS}
+        case "adagrad":
+            return torch.optim.Adagrad, {"lr": section.lr, "eps": _EPS}
+        case _:
+            if device.type != "cuda":
+                raise UnsupportedError(
+                    "optimizer.kind adam is fused on CUDA only, and this job runs on the CPU; "
+                    "use rowwise_adagrad or adagrad"
+                )
+            return torch.optim.Adam, {"lr": section.lr, "eps": 1e-8}
+
+
+def learning_rate_factor(section: OptimizerSection, step: int, total_steps: int) -> float:
+    """Return what the learning rates of a step (0-based) are multiplied with."""
+    warm = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
+    if section.schedule == "constant":
+        return warm
+    rest = max(1, total_steps - section.warmup_steps)
+    return warm * max(0.0, 1 - max(0, step - section.warmup_steps) / rest)
+
+
+class Optimizers:
+    """All optimizers of a run, driven together."""
+
+    def __init__(
+        self, section: OptimizerSection, table: EntityTable, relations: Tensor, scaling: Tensor, scaling_lr: float
+    ) -> None:
+        self.section, self.table = section, table
+        self.relations, self.scaling = relations, scaling
+        rate = section.relation_lr or section.lr
+        self.dense = (
+            torch.optim.Adam([relations], lr=rate)
+            if section.kind == "adam"
+            else torch.optim.Adagrad([relations], lr=rate, eps=_EPS)
+        )
+        self.relation_rate, self.scaling_rate = rate, scaling_lr
+        self._prime()
+
+    def set_rates(self, factor: float) -> None:
+        """Scale the learning rates for the next update."""
+        self.table.set_learning_rate(self.section.lr * factor)
+        self.dense.param_groups[0]["lr"] = self.relation_rate * factor
+
+    def step_dense(self) -> None:
+        """Update relations, and w1, w2, w3 where they are trained (plain gradient descent, own rate)."""
+        self.dense.step()
+        self.dense.zero_grad(set_to_none=True)
+        if self.scaling.grad is not None:
+            with torch.no_grad():
+                self.scaling -= self.scaling_rate * self.scaling.grad
+            self.scaling.grad = None
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """Return the tensors of the dense optimizer's state; loading writes into them."""
+        return {name: value for name, value in self.dense.state[self.relations].items()}
+
+    def _prime(self) -> None:
+        """Give Adam its state before the first step, so that a checkpoint has something to load into."""
+        if self.section.kind == "adam":
+            self.dense.state[self.relations] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(self.relations),
+                "exp_avg_sq": torch.zeros_like(self.relations),
+            }

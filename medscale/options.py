@@ -1,0 +1,97 @@
+"""What every command shares: its job and directories on the command line, and how it ends."""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from medscale.errors import MedscaleError
+
+__all__ = ["add_directories", "job_parser", "run_command"]
+
+#: what the machine, not medscale, refuses: reported in one sentence, without a traceback
+_MACHINE_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this machine allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "access is denied",
+    errno.EPERM: "it is not permitted",
+}
+
+
+def job_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of a verb that takes a job file: `JOB` and the directories; the verb adds its own.
+
+    The parsed arguments hold `job`, `data_dir`, `runs_dir` and `graphs_dir`, each a `Path`.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"medscale {verb}",
+        description=description,
+        epilog="Job files are explained in jobs/README.md.",
+    )
+    parser.add_argument("job", metavar="JOB", type=Path, help="the job file, such as jobs/quickstart.yaml")
+    add_directories(parser)
+    return parser
+
+
+def add_directories(parser: argparse.ArgumentParser) -> None:
+    """Add `--data-dir`, `--runs-dir` and `--graphs-dir` to a parser."""
+    group = parser.add_argument_group("directories")
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(os.environ.get("MEDSCALE_DATA_DIR") or "data"),
+        metavar="DIR",
+        help="data root that the job's files are relative to (default: $MEDSCALE_DATA_DIR, else data)",
+    )
+    group.add_argument(
+        "--runs-dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="holds run directories (default: runs)",
+    )
+    group.add_argument(
+        "--graphs-dir",
+        type=Path,
+        default=Path("graphs"),
+        metavar="DIR",
+        help="holds prepared graphs (default: graphs)",
+    )
+
+
+def run_command(function: Callable[[], int | None]) -> int:
+    """Run a command's body and return the process's exit code.
+
+    A `MedscaleError` becomes its message on stderr and its own code, Ctrl-C 130, a reader of our output that
+    left (`| head`) 141, a full or forbidden disk 1. Anything else is a bug of ours and keeps its traceback.
+    """
+    try:
+        return function() or 0
+    except MedscaleError as error:
+        print(_one_clear_message(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("medscale: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"medscale: {where}{_MACHINE_ERRORS[error.errno]} ({error.strerror})", file=sys.stderr)
+        return 1
+
+
+def _one_clear_message(error: MedscaleError) -> str:
+    lines = str(error).splitlines()
+    if len(lines) < 2:
+        return f"medscale: {error}"
+    return "\n".join([f"medscale: {len(lines)} problems", *(f"  {line}" for line in lines)])

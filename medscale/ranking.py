@@ -1,0 +1,216 @@
+"""Filtered ranks of all sub-models in one scan over the entities, and what is made of them.
+
+For a query, an entity's rank in sub-model i is 1 + how many other entities score better + half of those that
+score the same (the realistic, or mean, rank). Known answers other than the target do not count (filtered).
+Nothing of size queries x entities x sub-models outlives one chunk of entities.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medscale.graph.known_triples import KnownTriples
+from medscale.graph.schema import Side
+from medscale.model.embedding import TableRows
+from medscale.model.layout import Layout
+from medscale.model.prefix import PrefixScan, prefix_scan
+from medscale.seed import generator
+
+__all__ = [
+    "Ranks",
+    "ability_retention",
+    "rank_all",
+    "rank_triples",
+    "records_of",
+    "relation_records",
+    "sample_triples",
+]
+
+#: queries scored together
+_QUERIES = 1024
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """float64[n, T] per side: the filtered rank of each triple's head and tail in every sub-model."""
+
+    dims: tuple[int, ...]
+    head: NDArray[np.float64]
+    tail: NDArray[np.float64]
+
+    def of(self, side: str) -> NDArray[np.float64]:
+        """Return ranks of one side, or of both ([n, 2 T])."""
+        return np.concatenate([self.head, self.tail], 1) if side == "both" else getattr(self, side)
+
+
+def rank_triples(
+    triples: NDArray[np.int64],
+    rows: TableRows,
+    relations_RC: Tensor,
+    layout: Layout,
+    known: KnownTriples,
+    *,
+    memory_mib: int = 512,
+) -> Iterator[tuple[Side, slice, NDArray[np.float64]]]:
+    """Yield (side, which triples, float64 ranks [n, t]) portion by portion, until all sides are ranked.
+
+    `triples` is int64[T, 3]; `known` holds the triples that do not count as wrong answers.
+    """
+    scan = prefix_scan(
+        layout.scorer, layout.dims, layout.damping, dtype=relations_RC.dtype, device=relations_RC.device
+    )
+    sides: tuple[Side, ...] = ("tail", "head")
+    for side in sides:
+        for start in range(0, len(triples), _QUERIES):
+            part = slice(start, min(start + _QUERIES, len(triples)))
+            yield side, part, _rank_side(triples[part], side, scan, rows, relations_RC, layout, known, memory_mib)
+
+
+def rank_all(
+    triples: NDArray[np.int64], rows: TableRows, relations_RC: Tensor, layout: Layout, known: KnownTriples,
+    *, memory_mib: int = 512, advance: Callable[[int], None] | None = None,
+) -> Ranks:  # fmt: skip
+    """Return the ranks of int64 [T, 3] triples; `advance` hears of every portion ranked."""
+    ranks = {side: np.empty((len(layout.dims), len(triples))) for side in ("head", "tail")}
+    portions = rank_triples(triples, rows, relations_RC, layout, known, memory_mib=memory_mib)
+    for side, part, values in portions:
+        ranks[side][:, part] = values
+        if advance:
+            advance(part.stop - part.start)
+    return Ranks(layout.dims, ranks["head"], ranks["tail"])
+
+
+def sample_triples(triples: NDArray[np.int64], number: int | None, seed: int) -> NDArray[np.int64]:
+    """Return a seeded sample of int64[T, 3] triples, or all of them."""
+    if number is None or number >= len(triples):
+        return triples
+    return triples[np.sort(generator(seed, "sample").choice(len(triples), number, replace=False))]
+
+
+@torch.no_grad()
+def _rank_side(
+    triples_Q3: NDArray[np.int64], side: Side, scan: PrefixScan, rows: TableRows, relations_RC: Tensor,
+    layout: Layout, known: KnownTriples, memory_mib: int,
+) -> NDArray[np.float64]:  # fmt: skip
+    device = relations_RC.device
+    given, target = (0, 2) if side == "tail" else (2, 0)
+    known_ids, relation_ids, target_ids = triples_Q3[:, given], triples_Q3[:, 1], triples_Q3[:, target]
+    offsets, answers = known.answers(side, known_ids, relation_ids)
+    asked: Side = side
+    if layout.reciprocal and side == "head":
+        asked, relation_ids = "tail", relation_ids + layout.num_relations
+    relation_QR = relations_RC[torch.from_numpy(relation_ids).to(device)]
+    query_QC = layout.scorer.query(rows.gather(torch.from_numpy(known_ids).to(device)), relation_QR, asked)
+    scale_QC = layout.scorer.scale(relation_QR, asked) if layout.scorer.scale else None
+    target_Q = torch.from_numpy(target_ids).to(device)
+    target_nQ = _target_scores(scan, query_QC, rows.gather(target_Q), scale_QC)
+    excluded_query, excluded_entity = _excluded(offsets, answers, target_ids)
+
+    better_nQ = torch.zeros(target_nQ.shape, dtype=torch.int64, device=device)
+    equal_nQ = torch.zeros_like(better_nQ)
+    step = _entities_per_chunk(scan, len(triples_Q3), memory_mib)
+    for start in range(0, rows.num_entities, step):
+        stop = min(start + step, rows.num_entities)
+        first, last = np.searchsorted(excluded_entity, [start, stop])
+        query_E = torch.from_numpy(excluded_query[first:last]).to(device)
+        entity_E = torch.from_numpy(excluded_entity[first:last] - start).to(device)
+        for i, scores_QN in enumerate(_chunk_scores(scan, query_QC, rows.slice(start, stop), scale_QC)):
+            target_Q1 = target_nQ[i].unsqueeze(1)
+            better_nQ[i] += (scores_QN > target_Q1).sum(1)
+            equal_nQ[i] += (scores_QN == target_Q1).sum(1)
+            # Taking known answers out again touches a few cells; masking them would touch all.
+            excluded_E, against_E = scores_QN[query_E, entity_E], target_nQ[i][query_E]
+            better_nQ[i].index_add_(0, query_E, (excluded_E > against_E).long(), alpha=-1)
+            equal_nQ[i].index_add_(0, query_E, (excluded_E == against_E).long(), alpha=-1)
+    ranks: NDArray[np.float64] = (1 + better_nQ.double() + equal_nQ.double() / 2).cpu().numpy()
+    return ranks
+
+
+def _chunk_scores(
+    scan: PrefixScan, query_QC: Tensor, entities_NC: Tensor, scale_QC: Tensor | None
+) -> Iterator[Tensor]:
+    """Yield scores [Q, N] of each sub-model, smallest first."""
+    if scan.scorer.is_distance:
+        scale = None if scale_QC is None else scale_QC.unsqueeze(0)
+        yield from scan.scores(query_QC.unsqueeze(0), entities_NC.unsqueeze(0), scale).squeeze(1)
+    else:
+        for scores_1QN in scan.product_scores(query_QC.unsqueeze(0), entities_NC.unsqueeze(0)):
+            yield scores_1QN.squeeze(0)
+
+
+def _target_scores(scan: PrefixScan, query_QC: Tensor, target_QC: Tensor, scale_QC: Tensor | None) -> Tensor:
+    """Return scores [n, Q] of the true answers, by the same arithmetic as all candidates', so that ties are ties.
+
+    Products come out of the same kind of matrix product as the scan's, as its diagonal.
+    """
+    if scan.scorer.is_distance:
+        return scan.pair_scores(query_QC, target_QC, scale_QC)
+    return torch.stack([s.diagonal() for s in _chunk_scores(scan, query_QC, target_QC, scale_QC)])
+
+
+def _excluded(
+    offsets: NDArray[np.int64], answers: NDArray[np.int64], target: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (query, entity) pairs that do not count, the targets included, sorted by entity, each once."""
+    query = np.concatenate([np.repeat(np.arange(len(target)), np.diff(offsets)), np.arange(len(target))])
+    entity = np.concatenate([answers, target])
+    pairs = np.unique(np.stack([entity, query]), axis=1)
+    return pairs[1], pairs[0]
+
+
+def _entities_per_chunk(scan: PrefixScan, num_queries: int, memory_mib: int) -> int:
+    """Return how many entities keep the chunk's tensors within the memory."""
+    num_groups, num_sub_models = scan.group_weights_Gn.shape
+    per_pair = num_sub_models + (2 * scan.num_columns + num_groups if scan.scorer.is_distance else 2)
+    # Elementwise distances are fastest while a chunk stays in the caches.
+    budget = min(memory_mib, 32) if scan.scorer.is_distance else memory_mib
+    return max(1, int(budget * 2**20 / (4 * per_pair * num_queries)))
+
+
+def records_of(ranks: Ranks, split: str) -> list[dict[str, Any]]:
+    """Return the records of evaluation.json: per dim, the field's protocol for each side, and the paper's.
+
+    Field: reciprocals of both sides' ranks are averaged. Paper: a triple's head and tail ranks are averaged
+    first, which never gives more.
+    """
+    records = []
+    averaged = (ranks.head + ranks.tail) / 2
+    for i, dim in enumerate(ranks.dims):
+        for side in ("both", "head", "tail"):
+            records.append({"dim": dim, "split": split, "protocol": "field", "side": side, **_metrics(ranks.of(side)[i])})
+        records.append({"dim": dim, "split": split, "protocol": "paper", "side": "both", **_metrics(averaged[i])})
+    return records
+
+
+def _metrics(ranks: NDArray[np.float64]) -> dict[str, float | int]:
+    if not len(ranks):
+        return {"mrr": 0.0, "hits@1": 0.0, "hits@3": 0.0, "hits@10": 0.0, "mean_rank": 0.0, "num_queries": 0}
+    hits = {f"hits@{k}": float((ranks <= k).mean()) for k in (1, 3, 10)}
+    return {"mrr": float((1 / ranks).mean()), **hits, "mean_rank": float(ranks.mean()), "num_queries": len(ranks)}
+
+
+def relation_records(ranks: Ranks, relations: NDArray[np.int64], names: list[str]) -> Iterator[Mapping[str, Any]]:
+    """Yield the field's metrics per relation, side and dim; `relations` is int64[T]."""
+    for relation in np.unique(relations):
+        mask = relations == relation
+        part = Ranks(ranks.dims, ranks.head[:, mask], ranks.tail[:, mask])
+        for i, dim in enumerate(ranks.dims):
+            for side in ("both", "head", "tail"):
+                yield {"relation": names[relation], "dim": dim, "side": side, **_metrics(part.of(side)[i])}
+
+
+def ability_retention(ranks: Ranks) -> float:
+    """Return the ability retention ratio (section 5.6.3 of the paper), in [0, 1], over both sides' queries.
+
+    Of the queries that some sub-model answers among its first ten, the share where every larger one than the
+    smallest that does so answers it too.
+    """
+    correct = ranks.of("both") <= 10
+    somewhere = correct.any(0)
+    kept = np.maximum.accumulate(correct, 0) == correct
+    return float(kept.all(0)[somewhere].mean()) if somewhere.any() else 0.0

@@ -1,0 +1,89 @@
+"""The whole job: `python -m medscale.train JOB` prepares the graph, trains, evaluates and exports."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from medscale.checkpoint import find_resumable
+from medscale.config import Job
+from medscale.distributed import choose_device, choose_threads, process_group
+from medscale.evaluate import evaluate, print_table
+from medscale.export import export_run
+from medscale.graph.reader import Graph
+from medscale.jobfile import dump_job, load_job
+from medscale.logs import log
+from medscale.options import job_parser, run_command
+from medscale.prepare import prepare
+from medscale.storage import run_lock, write_atomic
+from medscale.trainer import Outcome, Trainer
+
+__all__ = ["main", "train"]
+
+
+def train(job: Job, graph: Graph, run_directory: Path) -> tuple[Outcome, int | None]:
+    """Train a job on a prepared graph into its run directory, going on from a checkpoint where there is one.
+
+    Returns why it ended, and the number of the signal that asked for it, if one did.
+
+    Raises:
+        RunLockedError: another process writes to this run directory.
+        CheckpointError: the checkpoint is damaged or of another job.
+        NonFiniteError: training diverged; the last checkpoint stands.
+
+    """
+    device = choose_device(job.runtime)
+    threads = choose_threads(job.runtime)
+    with run_lock(run_directory), process_group(device):
+        trainer = Trainer(job, graph, run_directory, device)
+        checkpoint = find_resumable(run_directory, job.checkpoint.resume)
+        if checkpoint is None:
+            trainer.initialise()
+        else:
+            trainer.resume(checkpoint)
+            log(f"going on from {checkpoint.directory.name}")
+        write_atomic(run_directory / "job.yaml", dump_job(job).encode())
+        log(
+            f"training {job.name}: {graph.num_triples['train']:,} triples, {graph.num_entities:,} entities, "
+            f"{len(job.model.dims)} sub-models up to {job.model.dims[-1]} units, {trainer.total_steps:,} steps "
+            f"on {device.type}, {threads} threads"
+        )
+        outcome = trainer.fit()
+        log(f"training ended at step {trainer.progress.step:,}: {outcome.value}")
+        return outcome, trainer.signal_number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code."""
+    parser = job_parser(
+        "train",
+        "Run a whole job: prepare its graph the first time, train all sub-models at once (going on from the newest "
+        "checkpoint), evaluate each, and export the tiers.",
+    )
+    parser.add_argument(
+        "--resume", choices=("auto", "previous", "never"), help="overrides the job's checkpoint.resume"
+    )
+    return run_command(lambda: _main(parser.parse_args(argv)))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    job = load_job(arguments.job)
+    if arguments.resume:
+        job = dataclasses.replace(job, checkpoint=dataclasses.replace(job.checkpoint, resume=arguments.resume))
+    graph = prepare(job, data_root=arguments.data_dir, graphs_root=arguments.graphs_dir)
+    run_directory = arguments.runs_dir / job.name
+    outcome, signal_number = train(job, graph, run_directory)
+    if outcome is Outcome.INTERRUPTED:
+        assert signal_number is not None
+        log("run the same command again to go on from there")
+        return 128 + signal_number
+    if graph.num_triples[job.evaluate.split]:
+        print_table(evaluate(job, graph, run_directory), run_directory)
+    export_run(job, runs_dir=arguments.runs_dir, graphs_dir=arguments.graphs_dir)
+    log(f"tiers are in {run_directory / 'export'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""The training loop.
+
+Nothing in it has hidden state: a step's batch, negatives and sub-models are pure functions of (seed, step), so a
+run that goes on from a checkpoint repeats an uninterrupted one bit for bit on a CPU.
+"""
+
+import contextlib
+import enum
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medscale.batches.corruption import CorruptionBatch, CorruptionBatches
+from medscale.batches.queries import QueryBatch, QueryBatches, query_table
+from medscale.checkpoint import Checkpoint, changed_keys, layout_facts, load, retain, save
+from medscale.config import Job
+from medscale.errors import CheckpointError, NonFiniteError
+from medscale.graph.known_triples import KnownTriples
+from medscale.graph.reader import Graph
+from medscale.jobfile import job_to_mapping
+from medscale.logs import log
+from medscale.metrics import RunLog, training_display
+from medscale.model.embedding import EntityTable, initial_relations
+from medscale.model.layout import Layout, layout_of
+from medscale.objective import Objective, Terms
+from medscale.optimizer import Optimizers, fused_optimizer, learning_rate_factor
+from medscale.ranking import rank_all, sample_triples
+from medscale.storage import fault_point
+
+__all__ = ["Outcome", "Progress", "Trainer", "batches_of", "initial_scale"]
+
+
+class Outcome(enum.Enum):
+    """Why training ended."""
+
+    FINISHED = "all epochs are done"
+    STOPPED_EARLY = "validation MRR no longer rises"
+    INTERRUPTED = "a signal asked to stop"
+
+
+@dataclass
+class Progress:
+    """What a checkpoint knows of a run beside its tensors."""
+
+    step: int = 0
+    best_mrr: float | None = None
+    best_step: int | None = None
+    #: validations since the best one
+    stale: int = 0
+    #: one record per validation: {"step", "epoch", "mrr": {dim: MRR}}
+    validations: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """One run of a job on one graph: model, batches, optimizers, progress."""
+
+    def __init__(self, job: Job, graph: Graph, run_directory: Path, device: torch.device) -> None:
+        self.job, self.graph, self.run_directory, self.device = job, graph, run_directory, device
+        self.layout = layout_of(job.model, graph.num_entities, graph.num_relations)
+        self.table = EntityTable(self.layout, *fused_optimizer(job.optimizer, device), device=device)
+        self.relations = torch.nn.Parameter(
+            torch.empty(self.layout.num_relation_rows, self.layout.num_relation_columns, device=device)
+        )
+        self.objective = Objective(job, self.layout, device)
+        self.optimizers = Optimizers(
+            job.optimizer, self.table, self.relations, self.objective.scaling.values, job.med.weights_lr
+        )
+        self.batches = batches_of(job, graph)
+        self.total_steps = job.train.epochs * self.batches.steps_per_epoch
+        self.progress = Progress()
+        self._known: KnownTriples | None = None
+        #: the signal that asked to stop
+        self.signal_number: int | None = None
+
+    # -- beginning ----------------------------------------------------------------------------------------
+
+    def initialise(self) -> None:
+        """Draw the initial model."""
+        scale = initial_scale(self.job)
+        self.table.initialise(self.job.seed, scale)
+        self.relations.data.copy_(initial_relations(self.layout, self.job.seed, scale))
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take over tables, optimizer state and progress of a verified checkpoint.
+
+        Raises:
+            CheckpointError: it belongs to another job or graph; lists every key that differs.
+
+        """
+        changed = changed_keys(checkpoint.facts["job"], job_to_mapping(self.job))
+        if checkpoint.facts["graph_sha256"] != self.graph.sha256:
+            changed.append(f"graph: {self.graph.directory} is not the graph that was trained on")
+        if changed:
+            raise CheckpointError(
+                f"{checkpoint.directory} was trained by another job; it differs in " + "; ".join(changed)
+                + "; change the job back, or give it another name"
+            )  # fmt: skip
+        load(checkpoint, self._state(), collective=True)
+        self.progress = Progress(**checkpoint.facts["progress"])
+
+    # -- the loop -----------------------------------------------------------------------------------------
+
+    def fit(self) -> Outcome:
+        """Train until the epochs are done, quality no longer rises, or a signal asks to stop."""
+        steps_per_epoch = self.batches.steps_per_epoch
+        run_log = RunLog(self.run_directory, self.progress.step)
+        outcome = Outcome.FINISHED
+        with (
+            contextlib.closing(run_log),
+            training_display(self.total_steps, steps_per_epoch) as display,
+            self._signals(),
+        ):
+            clock, trained = time.monotonic(), 0.0
+            if self._stale():
+                return Outcome.STOPPED_EARLY
+            for batch in self._prefetched():
+                terms = self.train_step(batch)
+                trained += batch.num_triples
+                step = self.progress.step
+                if step % self.job.train.log_every == 0 or step == self.total_steps:
+                    rate = trained / (time.monotonic() - clock)
+                    run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1)})
+                    display.update(step, rate, terms.means())
+                    clock, trained = time.monotonic(), 0.0
+                if self._due(self.job.train.validate_every * steps_per_epoch):
+                    display.validated(*self._validate(run_log))
+                    clock, trained = time.monotonic(), 0.0
+                if self._save_due():
+                    self.save()
+                if self._stale():
+                    outcome = Outcome.STOPPED_EARLY
+                    break
+                if self.signal_number is not None:
+                    self.save()
+                    outcome = Outcome.INTERRUPTED
+                    break
+        return outcome
+
+    def train_step(self, batch: CorruptionBatch | QueryBatch) -> Terms:
+        """Do one update.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite; nothing was updated.
+
+        """
+        step = self.progress.step
+        self.optimizers.set_rates(learning_rate_factor(self.job.optimizer, step, self.total_steps))
+        looked_up_UC = self.table.rows(batch.entities_U)
+        # The update of the tables is fused into their backward pass, so the guard stands between the two halves.
+        rows_UC = looked_up_UC.detach().requires_grad_()
+        terms: Terms = self.objective(batch, rows_UC, self.relations, step)
+        _require_finite(terms, self.layout, step + 1)
+        terms.total.backward()  # type: ignore[no-untyped-call]
+        _require_finite_gradients({"entities": rows_UC.grad, "relations": self.relations.grad}, step + 1)
+        looked_up_UC.backward(rows_UC.grad)  # type: ignore[no-untyped-call]
+        self.optimizers.step_dense()
+        self.objective.scaling.clamp()
+        self.progress.step += 1
+        fault_point("step")
+        return terms
+
+    # -- during training ----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step, unless there is one, and retire old ones."""
+        facts = {
+            "step": self.progress.step,
+            "job_name": self.job.name,
+            "job": job_to_mapping(self.job),
+            "graph_name": self.graph.name,
+            "graph_sha256": self.graph.sha256,
+            "progress": asdict(self.progress),
+            **layout_facts(self.layout, self.job.model.norm),
+        }
+        save(self.run_directory, self._state(), facts)
+        retain(self.run_directory, self.job.checkpoint.keep, self.progress.best_step)
+
+    def _state(self) -> dict[str, Any]:
+        """Return every tensor of the run, sharing memory."""
+        return {
+            "entities": self.table.weights(),
+            "fused": self.table.optimizer_state(),
+            "dense": {"relations": self.relations.data, "scaling": self.objective.scaling.values.data},
+            "dense_optimizer": self.optimizers.dense_state(),
+        }
+
+    def _validate(self, run_log: RunLog) -> tuple[str, str]:
+        """Rank the validation triples, update the progress, and return (a line, a few words) about it."""
+        progress, train = self.progress, self.job.train
+        triples = sample_triples(self.graph.triples("valid"), train.valid_triples, self.job.seed)
+        if self._known is None:
+            self._known = KnownTriples.of_graph(self.graph)
+        start = time.monotonic()
+        ranks = rank_all(
+            triples, self.table.local_rows(), self.relations.data, self.layout, self._known,
+            memory_mib=self.job.evaluate.memory_mib,
+        )  # fmt: skip
+        mrr = (1 / ranks.of("both")).mean(1)
+        by_dim = {str(dim): float(value) for dim, value in zip(self.layout.dims, mrr, strict=True)}
+        watched = by_dim[str(train.watch_dim)] if train.watch_dim else float(mrr.mean())
+        epoch = progress.step // self.batches.steps_per_epoch
+        progress.validations.append({"step": progress.step, "epoch": epoch, "mrr": by_dim})
+        if progress.best_mrr is None or watched > progress.best_mrr:
+            progress.best_mrr, progress.best_step, progress.stale = watched, progress.step, 0
+        else:
+            progress.stale += 1
+        seconds = time.monotonic() - start
+        run_log.write("valid", progress.step, {"epoch": epoch, "mrr": by_dim, "seconds": round(seconds, 2)})
+        smallest, largest = self.layout.dims[0], self.layout.dims[-1]
+        words = f"valid MRR {mrr[0]:.4f} @{smallest} {mrr[-1]:.4f} @{largest}"
+        return f"epoch {epoch}  step {progress.step:,}  {words}  mean {mrr.mean():.4f}  ({seconds:.1f} s)", words
+
+    def _described(self, terms: Terms) -> Mapping[str, Any]:
+        hard = dict(zip(map(str, terms.dims), (round(v, 6) for v in terms.hard.tolist()), strict=True))
+        scaling = {}
+        if self.job.med.weights == "learnable":
+            scaling = dict(zip(("w1", "w2", "w3"), self.objective.scaling.values.tolist(), strict=True))
+        epoch = (self.progress.step - 1) // self.batches.steps_per_epoch + 1
+        return {"epoch": epoch, **terms.means(), **scaling, "hard_by_dim": hard}
+
+    def _prefetched(self) -> Iterator[CorruptionBatch | QueryBatch]:
+        """Yield the remaining batches, each prepared by a thread while the one before is trained on."""
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.batches.batch, self.progress.step)
+            for step in range(self.progress.step, self.total_steps):
+                batch = coming.result()
+                if step + 1 < self.total_steps:
+                    coming = pool.submit(self.batches.batch, step + 1)
+                yield batch.to(self.device)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.progress.step % every == 0
+
+    def _save_due(self) -> bool:
+        train, steps_per_epoch = self.job.train, self.batches.steps_per_epoch
+        if self.progress.step == self.total_steps or self._due(train.validate_every * steps_per_epoch):
+            return True
+        return self._due(self.job.checkpoint.every_steps or (0 if train.validate_every else steps_per_epoch))
+
+    def _stale(self) -> bool:
+        patience = self.job.train.patience
+        return patience is not None and self.progress.stale >= patience
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first Ctrl-C or SIGTERM into a request that the loop honours after its step."""
+
+        def request(number: int, frame: FrameType | None) -> None:
+            if self.signal_number is not None:
+                raise KeyboardInterrupt
+            self.signal_number = number
+            log(f"{signal.Signals(number).name}: saving after this step; once more ends at once, unsaved")
+
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def batches_of(job: Job, graph: Graph) -> CorruptionBatches | QueryBatches:
+    """Return the batches that a job's loss trains on."""
+    triples = graph.triples("train")
+    if job.loss.kind == "softmax":
+        table = query_table(
+            triples, graph.num_relations, reciprocal=job.model.reciprocal, max_tails=job.train.max_tails
+        )
+        return QueryBatches(table, graph.num_entities, job.negatives, job.train.batch_size, job.seed)
+    known = None
+    if job.negatives.filter_known:
+        known = KnownTriples.of_graph(graph, ["train"])
+    return CorruptionBatches(
+        triples=triples, num_entities=graph.num_entities, num_relations=graph.num_relations,
+        section=job.negatives, batch_size=job.train.batch_size, reciprocal=job.model.reciprocal,
+        seed=job.seed, known=known,
+    )  # fmt: skip
+
+
+def initial_scale(job: Job) -> float:
+    """Return the size of the initial columns, such that every prefix starts with scores of a sane size.
+
+    Distances: half-width (margin + 2) / d_n (Sun et al., 2019), so distances start near the margin. Softmax
+    over products: 0.001, where all scores start equal. Binary losses over products: d_n^(-1/6), which gives
+    the largest sub-model's scores, sums of d_n products of three, unit variance, and smaller ones less.
+    """
+    if job.model.init_scale is not None:
+        return job.model.init_scale
+    largest = job.model.dims[-1]
+    if job.model.scorer in ("transe", "rotate", "pairre"):
+        return (job.loss.margin + 2) / largest
+    return 1e-3 if job.loss.kind == "softmax" else float(largest ** (-1 / 6))
+
+
+def _require_finite(terms: Terms, layout: Layout, step: int) -> None:
+    if torch.isfinite(terms.total):
+        return
+    names = {dim: f"sub-model {dim}" + "".join(f" (tier {n})" for n, d in layout.tiers.items() if d == dim) for dim in layout.dims}
+    broken = [f"hard loss of {names[d]}" for d, v in zip(terms.dims, terms.hard, strict=True) if not torch.isfinite(v)]
+    broken += [
+        f"mutual loss of {names[d]} and the one below"
+        for d, v in zip(terms.mutual_dims, terms.mutual, strict=True)
+        if not torch.isfinite(v)
+    ]
+    broken += [n for n, v in (("regularizer", terms.regularizer), ("barrier", terms.barrier)) if not torch.isfinite(v)]
+    raise NonFiniteError(
+        f"step {step}: not finite: {'; '.join(broken) or 'the sum of the terms'}. Nothing was updated; "
+        "lower optimizer.lr or check med.form, and run again to go on from the last checkpoint"
+    )
+
+
+def _require_finite_gradients(gradients: Mapping[str, Tensor | None], step: int) -> None:
+    for name, gradient in gradients.items():
+        if gradient is not None and not torch.isfinite(gradient).all():
+            raise NonFiniteError(
+                f"step {step}: the gradient of the {name} is not finite, though the loss is. Nothing was updated; "
+                "lower optimizer.lr, and run again to go on from the last checkpoint"
+            )

@@ -1,0 +1,16 @@
+"""What tests share: where real data lies."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The root of real data sets; tests that need one skip loudly where it is absent."""
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    root = Path(os.environ.get("MEDSCALE_DATA_DIR", default))
+    if not (root / "umls" / "train.tsv").is_file():
+        pytest.skip(f"no data sets under {root}: set MEDSCALE_DATA_DIR to a folder that holds umls/, FB15k-237/, ...")
+    return root
