@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Export the tiers of a job's run and return the exit code."""
     parser = job_parser(
         "export",
-        "Cut the tiers out of a run's best checkpoint (by validation; else the newest) into RUNS/NAME/export.",
+        "Cut a run's best checkpoint (by validation; else the newest) into tiers: RUNS/NAME/export.",
     )
     parser.add_argument(
         "--tiers",

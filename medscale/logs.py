@@ -1,6 +1,7 @@
 """What a running command says: dated lines on stderr, and how far a long stage has come.
 
-A terminal gets a live bar; a file or a pod's log gets a plain line every ten seconds, never control characters.
+A terminal gets a live bar; a file or a pod's log gets a plain line every ten seconds, without control
+characters.
 """
 
 import contextlib

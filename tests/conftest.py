@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from toy import write_toy_graph
+
+from medscale.graph.reader import Graph
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,9 @@ def data_dir() -> Path:
     if not (root / "umls" / "train.tsv").is_file():
         pytest.skip(f"no data sets under {root}: set MEDSCALE_DATA_DIR to a folder that holds umls/, FB15k-237/, ...")
     return root
+
+
+@pytest.fixture(scope="session")
+def toy_graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """A small prepared graph on disk."""
+    return write_toy_graph(tmp_path_factory.mktemp("toy"))

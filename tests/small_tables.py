@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+
 from medscale.split import ModelFacts, WrittenTier, write_export
 
 #: every scorer with its norm

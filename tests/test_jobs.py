@@ -98,8 +98,9 @@ def test_readme_explains_every_key_and_every_job() -> None:
     assert [path.stem for path in SHIPPED if f"`{path.stem}`" not in readme] == []
 
 
-def test_example_in_readme_is_a_job(tmp_path: Path) -> None:
-    examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "jobs" / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("readme", ["README.md", "jobs/README.md"])
+def test_example_in_readme_is_a_job(readme: str, tmp_path: Path) -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
     assert examples
     for example in examples:
         path = tmp_path / "example.yaml"

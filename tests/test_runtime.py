@@ -14,13 +14,6 @@ import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from medscale.errors import ExportError
-from medscale.manifest import MANIFEST, write_manifest
-from medscale.model.reference import sub_model_scores
-from medscale.runtime import Tier
-from medscale.runtime.names import NameTable
-from medscale.runtime.shards import MAX_HEADER_BYTES, map_tensors
-from medscale.split import write_export
 from small_tables import (
     RELATION_UNIT_COLUMNS,
     SCORERS,
@@ -30,6 +23,14 @@ from small_tables import (
     plain_score,
     small_tables,
 )
+
+from medscale.errors import ExportError
+from medscale.manifest import MANIFEST, write_manifest
+from medscale.model.reference import sub_model_scores
+from medscale.runtime import Tier
+from medscale.runtime.names import NameTable
+from medscale.runtime.shards import MAX_HEADER_BYTES, map_tensors
+from medscale.split import write_export
 
 TIERS = {"phone": 3, "pc": 5, "server": 12}
 
@@ -105,7 +106,7 @@ def test_scores_are_those_of_the_model_cropped(
             np.testing.assert_allclose(heads[h[j]], asked_for_heads[i][j], rtol=1e-5, atol=1e-5 * scale)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     scorer=st.sampled_from(SCORERS),
     dims=st.sets(st.integers(1, 24), min_size=1, max_size=5).map(lambda dims: tuple(sorted(dims))),
@@ -318,15 +319,43 @@ def test_missing_extra_cut_and_swapped_files_are_named(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("fact", "value"),
     [
-        ("dim", 0), ("dim", True), ("dim", "3"), ("dim", 10**30), ("columns", 5), ("relation_columns", 99),
-        ("scorer", "transh"), ("scorer", ["complex"]), ("scorer", "transe"), ("norm", "l2"), ("norm", None),
-        ("damping", 0), ("damping", 1.5), ("damping", "0.5"), ("damping", None), ("dims", []), ("dims", [3, 3]),
-        ("dims", [2]), ("dims", [-1, 3]), ("dims", [1.5, 3]), ("dims", "3"), ("reciprocal", 1),
-        ("reciprocal", False), ("dtype", "float16"), ("num_entities", 51), ("num_entities", 49),
-        ("num_entities", 2**62), ("num_relations", 5), ("num_relations", 0), ("shard_rows", 10**30),
-        ("shard_rows", 0), ("shard_rows", 25), ("shard_rows", 50), ("tier", 3), ("run", None),
+        ("dim", 0),
+        ("dim", True),
+        ("dim", "3"),
+        ("dim", 10**30),
+        ("columns", 5),
+        ("relation_columns", 99),
+        ("scorer", "transh"),
+        ("scorer", ["complex"]),
+        ("scorer", "transe"),
+        ("norm", "l2"),
+        ("norm", None),
+        ("damping", 0),
+        ("damping", 1.5),
+        ("damping", "0.5"),
+        ("damping", None),
+        ("dims", []),
+        ("dims", [3, 3]),
+        ("dims", [2]),
+        ("dims", [-1, 3]),
+        ("dims", [1.5, 3]),
+        ("dims", "3"),
+        ("reciprocal", 1),
+        ("reciprocal", False),
+        ("dtype", "float16"),
+        ("num_entities", 51),
+        ("num_entities", 49),
+        ("num_entities", 2**62),
+        ("num_relations", 5),
+        ("num_relations", 0),
+        ("shard_rows", 10**30),
+        ("shard_rows", 0),
+        ("shard_rows", 25),
+        ("shard_rows", 50),
+        ("tier", 3),
+        ("run", None),
     ],
-)  # fmt: skip
+)
 def test_facts_that_contradict_the_files_are_refused_even_when_sealed(
     copy: Path, fact: str, value: object
 ) -> None:
@@ -366,11 +395,47 @@ def test_a_path_without_a_tier_says_so(tmp_path: Path) -> None:
 
 
 BAD_NAMES = [
-    "..", "../secret", "../../secret", "a/../../secret", "/etc/passwd", "/secret", "//secret", "./secret", ".hidden",
-    ".", "", "/", "a//b", "a/", "a/./b", "a\0b", "secret\0", "\0", "..\\secret", "a\\b", "C:\\secret", "C:secret",
-    "~", "~/secret", "$HOME/x", "a b", "a\nb", "a\rb", "a\tb", "a:b", "%2e%2e/secret", "..%2fsecret", "é",
-    "․․/secret", "a" * 201, "a/" * 5 + "a", "\ud800", "-rf", "file://x", "a;b",
-]  # fmt: skip
+    "..",
+    "../secret",
+    "../../secret",
+    "a/../../secret",
+    "/etc/passwd",
+    "/secret",
+    "//secret",
+    "./secret",
+    ".hidden",
+    ".",
+    "",
+    "/",
+    "a//b",
+    "a/",
+    "a/./b",
+    "a\0b",
+    "secret\0",
+    "\0",
+    "..\\secret",
+    "a\\b",
+    "C:\\secret",
+    "C:secret",
+    "~",
+    "~/secret",
+    "$HOME/x",
+    "a b",
+    "a\nb",
+    "a\rb",
+    "a\tb",
+    "a:b",
+    "%2e%2e/secret",
+    "..%2fsecret",
+    "é",
+    "\u2024\u2024/secret",
+    "a" * 201,
+    "a/" * 5 + "a",
+    "\ud800",
+    "-rf",
+    "file://x",
+    "a;b",
+]
 
 
 def test_names_that_lead_outside_are_refused_and_never_opened(phone: Path, tmp_path: Path) -> None:
@@ -400,13 +465,15 @@ from medscale.errors import ExportError
 from medscale.runtime import Tier
 root, opened = {str(tmp_path)!r}, []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+reasons = ["refused file name"] * 40 + ["leads out of", "it is a link", "twice"]
 refused = 0
-for case in range(43):
+for case, reason in enumerate(reasons):
     for verify in (True, False):
         try:
             Tier.open(f"{{root}}/inside/case{{case}}", verify=verify)
             print("accepted", case, verify)
-        except ExportError:
+        except ExportError as error:
+            assert reason in str(error), error
             refused += 1
 outside = [path for path in opened if "secret" in path or "passwd" in path]
 print(refused, outside, len(opened) > 40)
@@ -428,30 +495,56 @@ def entry(dtype: object = "F32", shape: object = (2, 2), offsets: object = (0, 1
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
+EMPTY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+
+
 @pytest.mark.parametrize(
     ("header", "data", "length"),
     [
-        ({"v": entry()}, bytes(16), 2**63), ({"v": entry()}, bytes(16), 2**64 - 1), ({"v": entry()}, bytes(16), 0),
-        ({"v": entry()}, bytes(16), 100_000_001), ({"v": entry()}, bytes(16), 3), ({"v": entry()}, bytes(16), 1000),
-        ({"v": entry()}, bytes(15), None), ({"v": entry()}, bytes(17), None), ({"v": entry()}, b"", None),
-        ({"v": entry(shape=[2, 3])}, bytes(16), None), ({"v": entry(shape=[-2, -2])}, bytes(16), None),
-        ({"v": entry(shape=[2**32, 2**32])}, bytes(16), None), ({"v": entry(shape=[2.0, 2.0])}, bytes(16), None),
-        ({"v": entry(shape=[True, 4])}, bytes(16), None), ({"v": entry(shape=4)}, bytes(16), None),
-        ({"v": entry(shape=[1, 2, 2])}, bytes(16), None), ({"v": entry(shape=[0, 2**70], offsets=[0, 0])}, b"", None),
-        ({"v": entry(offsets=[16, 0])}, bytes(16), None), ({"v": entry(offsets=[-16, 0])}, bytes(16), None),
-        ({"v": entry(offsets=[4, 20])}, bytes(20), None), ({"v": entry(offsets=[2**60, 2**60 + 16])}, bytes(16), None),
-        ({"v": entry(offsets=[0, 16, 32])}, bytes(16), None), ({"v": entry(offsets="0")}, bytes(16), None),
-        ({"v": entry("F64")}, bytes(32), None), ({"v": entry("O")}, bytes(16), None), ({"v": entry(["F32"])}, bytes(16), None),
-        ({"v": entry(), "w": entry()}, bytes(16), None), ({"v": entry(), "w": entry(offsets=[8, 24])}, bytes(24), None),
-        ({"v": entry(), "w": entry(offsets=[20, 36])}, bytes(36), None), ({"v": 3}, b"", None), ([], b"", None),
-        ({"v": entry() | {"extra": 1}}, bytes(16), None), ({"__metadata__": {"a": 1}}, b"", None), (b"", b"", None),
-        (b" {}", b"", None), (b"{", b"", None), (b"\xff\xfe{}", b"", None), (b'{"a":' * 20_000, b"", None),
-        (b'{"v":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"v":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', b"", None),
+        ({"v": entry()}, bytes(16), 2**63),
+        ({"v": entry()}, bytes(16), 2**64 - 1),
+        ({"v": entry()}, bytes(16), 0),
+        ({"v": entry()}, bytes(16), 100_000_001),
+        ({"v": entry()}, bytes(16), 3),
+        ({"v": entry()}, bytes(16), 1000),
+        ({"v": entry()}, bytes(15), None),
+        ({"v": entry()}, bytes(17), None),
+        ({"v": entry()}, b"", None),
+        ({"v": entry(shape=[2, 3])}, bytes(16), None),
+        ({"v": entry(shape=[-2, -2])}, bytes(16), None),
+        ({"v": entry(shape=[2**32, 2**32])}, bytes(16), None),
+        ({"v": entry(shape=[2.0, 2.0])}, bytes(16), None),
+        ({"v": entry(shape=[True, 4])}, bytes(16), None),
+        ({"v": entry(shape=4)}, bytes(16), None),
+        ({"v": entry(shape=[1, 2, 2])}, bytes(16), None),
+        ({"v": entry(shape=[0, 2**70], offsets=[0, 0])}, b"", None),
+        ({"v": entry(offsets=[16, 0])}, bytes(16), None),
+        ({"v": entry(offsets=[-16, 0])}, bytes(16), None),
+        ({"v": entry(offsets=[4, 20])}, bytes(20), None),
+        ({"v": entry(offsets=[2**60, 2**60 + 16])}, bytes(16), None),
+        ({"v": entry(offsets=[0, 16, 32])}, bytes(16), None),
+        ({"v": entry(offsets="0")}, bytes(16), None),
+        ({"v": entry("F64")}, bytes(32), None),
+        ({"v": entry("O")}, bytes(16), None),
+        ({"v": entry(["F32"])}, bytes(16), None),
+        ({"v": entry(), "w": entry()}, bytes(16), None),
+        ({"v": entry(), "w": entry(offsets=[8, 24])}, bytes(24), None),
+        ({"v": entry(), "w": entry(offsets=[20, 36])}, bytes(36), None),
+        ({"v": 3}, b"", None),
+        ([], b"", None),
+        ({"v": entry() | {"extra": 1}}, bytes(16), None),
+        ({"__metadata__": {"a": 1}}, b"", None),
+        (b"", b"", None),
+        (b" {}", b"", None),
+        (b"{", b"", None),
+        (b"\xff\xfe{}", b"", None),
+        (b'{"a":' * 20_000, b"", None),
+        (b'{"v":%s,"v":%s}' % (EMPTY, EMPTY), b"", None),
         (b'{"v":{"dtype":"F32","shape":[NaN],"data_offsets":[0,0]}}', b"", None),
         (b'{"v":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,0]}}', b"", None),
         (b'{"v":"' + b"x" * MAX_HEADER_BYTES + b'"}', b"", None),
     ],
-)  # fmt: skip
+)
 def test_malformed_safetensors_are_refused(
     tmp_path: Path, header: object, data: bytes, length: int | None
 ) -> None:

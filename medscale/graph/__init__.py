@@ -1,1 +1,1 @@
-"""The graph: raw files to dense ids on disk (`ingest`), back into arrays (`reader`), and what is known in it."""
+"""The graph: raw files to dense ids on disk (`ingest`), back into arrays (`reader`), what is known in it."""

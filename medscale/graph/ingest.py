@@ -1,7 +1,7 @@
 """From raw files to a graph directory, out of core.
 
-Batches of names go from Arrow's readers into a temporary on-disk DuckDB database beside the graph, which numbers
-the names, joins them to the triples and sorts these by a seeded hash, spilling to disk above
+Batches of names go from Arrow's readers into a temporary on-disk DuckDB database beside the graph, which
+numbers the names, joins them to the triples and sorts these by a seeded hash, spilling to disk above
 `graph.memory_mib`. Sorting shuffles the rows and brings duplicates together. What comes back is streamed into
 Parquet. Memory is bounded by the number of distinct names, not of triples.
 
@@ -83,10 +83,10 @@ def ingest(
     progress: Progress = show_progress,
     source: Mapping[str, Any] | None = None,
 ) -> Graph:
-    """Build the graph directory `directory` (which must not exist) from a job's raw files; return it opened.
+    """Build the graph directory `directory`, which must not exist, from a job's raw files; return it opened.
 
-    `seed` decides the order of the rows and, with fractions, the splits. `source` is what the manifest records
-    as the graph's origin; default: the section.
+    `seed` decides the order of the rows and, with fractions, the splits. `source` is what the manifest
+    records as the graph's origin; default: `source_of` the section.
 
     Raises:
         GraphError: raw files are missing or wrong; names the file and line or row. Nothing is left behind.
@@ -97,9 +97,7 @@ def ingest(
     files = {
         split: find_files(getattr(section, split), section, data_root, f"graph.{split}") for split in SPLITS
     }
-    types = find_files(
-        [section.entity_types] if section.entity_types else [], section, data_root, "entity_types"
-    )
+    types = find_files(_given(section.entity_types), section, data_root, "graph.entity_types")
     layout = triples_layout(section)
     typed = [(file, _types_layout(section, file)) for file in types]
     _check_layouts([*((file, layout) for split in SPLITS for file in files[split]), *typed])
@@ -147,6 +145,10 @@ def source_of(section: GraphSection, seed: int) -> dict[str, Any]:
     return _as_json({**source, "seed": seed if seeded else None})  # type: ignore[no-any-return]
 
 
+def _given(pattern: str | None) -> list[str]:
+    return [pattern] if pattern else []
+
+
 def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_json(inner) for key, inner in value.items()}
@@ -163,17 +165,22 @@ def _listed(files: Mapping[str, list[RawFile]], types: list[RawFile]) -> list[di
 
 
 def _report(facts: Mapping[str, Any]) -> None:
-    triples, split_facts = facts["num_triples"], ("duplicates", "unseen", "leaks")
+    sizes = ", ".join(f"{split} {count:,}" for split, count in facts["num_triples"].items())
     log(
-        f"graph {facts['name']}: {facts['num_entities']:,} entities, {facts['num_relations']:,} relations, "
-        + ", ".join(f"{split} {count:,}" for split, count in triples.items())
+        f"graph {facts['name']}: {facts['num_entities']:,} entities, "
+        f"{facts['num_relations']:,} relations; {sizes}"
     )
-    for what in split_facts:
-        found = {split: count for split, count in facts[what].items() if count}
+    met = {
+        "duplicates": "duplicate triples dropped",
+        "unseen": f"triples with a name unseen in train, {facts['unseen_policy']}",
+        "leaks": "triples that are also in train, kept",
+    }
+    for key, words in met.items():
+        found = [f"{split} {count:,}" for split, count in facts[key].items() if count]
         if found:
-            verb = {"duplicates": "duplicates dropped", "unseen": f"with names unseen in train, {facts['unseen_policy']}",
-                    "leaks": "that are also in train, kept"}[what]  # fmt: skip
-            log(f"  triples {verb}: " + ", ".join(f"{split} {count:,}" for split, count in found.items()))
+            log(f"  {words}: {', '.join(found)}")
+    if facts["literals_dropped"]:
+        log(f"  triples with a literal, dropped: {facts['literals_dropped']:,}")
 
 
 # Before reading
@@ -221,10 +228,10 @@ def _errors_of_the_machine(section: GraphSection, parent: Path) -> Iterator[None
         yield
     except duckdb.OutOfMemoryException as cause:
         raise CapacityError(
-            f"preparing needs more than graph.memory_mib = {section.memory_mib}, or more disk under {parent} to "
-            f"spill to; raise it or make room ({_first_line(cause)})"
+            f"preparing needs more than graph.memory_mib = {section.memory_mib}, or more disk to spill to "
+            f"under {parent}; raise it or make room ({_first_line(cause)})"
         ) from cause
-    except duckdb.IOException as cause:
+    except (duckdb.IOException, duckdb.TransactionException, duckdb.FatalException) as cause:
         raise CapacityError(f"cannot write under {parent}: {_first_line(cause)}; make room there") from cause
     except OSError as cause:
         if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -261,6 +268,8 @@ def _load(
 ) -> None:
     database.execute("CREATE TABLE raw (split UTINYINT, head VARCHAR, relation VARCHAR, tail VARCHAR)")
     total = sum(file.path.stat().st_size for found in files.values() for file in found)
+    # One transaction: batches then go straight into the table's file, not through a log of changes first.
+    database.begin()
     with progress("reading", total, "bytes") as advance:
         for split, found in files.items():
             which = _split_choice(section, seed) if split == "train" else str(SPLITS.index(split))
@@ -268,6 +277,7 @@ def _load(
                 counts.literals_dropped += _load_file(
                     database, file, layout, section.literals, which, advance
                 )
+    database.commit()
     for index, split in enumerate(SPLITS):
         counts.rows[split] = _number(database.execute("SELECT count(*) FROM raw WHERE split = ?", [index]))
     if not counts.rows["train"]:
@@ -276,15 +286,13 @@ def _load(
 
 
 def _split_choice(section: GraphSection, seed: int) -> str:
-    """Return SQL that tells a row's split by its names, so that duplicates and later additions move nothing."""
+    """Return SQL that tells a row's split from its names: duplicates and later additions move no triple."""
     if not section.valid_fraction and not section.test_fraction:
         return "0"
     test = round(section.test_fraction * 2**64)
     valid = test + round(section.valid_fraction * 2**64)
     position = _hash(seed, "split", "head, relation, tail")
-    return (
-        f"CASE WHEN {position} < {test}::HUGEINT THEN 2 WHEN {position} < {valid}::HUGEINT THEN 1 ELSE 0 END"
-    )
+    return f"CASE WHEN {position} < {test} THEN 2 WHEN {position} < {valid} THEN 1 ELSE 0 END"
 
 
 def _load_file(
@@ -369,7 +377,7 @@ def _write_split(
 
 
 def _shuffled(database: duckdb.DuckDBPyConnection, split: str, seed: int) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a split as (head, relation, tail, seen), in the order of a seeded hash, ties by ids."""
+    """Yield the rows of a split as (head, relation, tail, seen), ordered by a seeded hash, ties by ids."""
     query = f"""
         SELECT h.id AS head, r.id AS relation, t.id AS tail, h.seen AND r.seen AND t.seen AS seen
         FROM raw JOIN entities h ON raw.head = h.name JOIN relations r ON raw.relation = r.name
@@ -383,7 +391,7 @@ def _shuffled(database: duckdb.DuckDBPyConnection, split: str, seed: int) -> Ite
 def _distinct(
     batches: Iterator[pa.RecordBatch],
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], int]]:
-    """Drop rows that repeat the row before (equal triples are neighbours): (int64[n, 3], seen bool[n], rows in)."""
+    """Drop rows that repeat the one before, as equal triples do: (int64[n, 3], seen bool[n], rows taken)."""
     last = np.full((1, 3), -1, dtype=np.int64)
     for batch in batches:
         triples = np.stack([np.asarray(batch.column(i)) for i in range(3)], axis=1)

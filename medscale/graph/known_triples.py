@@ -1,6 +1,7 @@
-"""What is known: for a query (head, relation, ?) or (?, relation, tail) all fillers, and whether triples are known.
+"""What is known: all fillers of (head, relation, ?) or (?, relation, tail), and whether a triple is known.
 
-Sorted arrays and binary search, 16 bytes a triple and 16 a distinct query and side: no Python object per triple.
+Sorted arrays and binary search: 8 bytes per triple and side, 16 per distinct query; no Python object per
+triple.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Raw files as batches of names, with Arrow's readers: streamed, a few MiB in memory, gzip and zstd on the way.
+"""Raw files as batches of names, with Arrow's readers: streamed, gzip and zstd included, in a few MiB.
 
 The readers say that something is wrong, seldom where. So on any complaint the file is read again by a plain
 scanner (`scan`; for Parquet a search by row group), which names the line or row. Blank lines are passed over,
@@ -54,7 +54,7 @@ class Rows(NamedTuple):
     position: int
 
 
-class _Suspect(Exception):
+class _SuspectError(Exception):
     """The fast reader saw something wrong; the search for the line or row comes next."""
 
 
@@ -69,13 +69,13 @@ def read_rows(file: RawFile, layout: RawLayout, *, literals: str = "drop") -> It
     read = readers.get(file.format, _delimited)
     try:
         yield from read(file, layout, literals)
-    except (_Suspect, pa.ArrowException, OSError, ValueError) as cause:
+    except (_SuspectError, pa.ArrowException, OSError, ValueError) as cause:
         _locate(file, layout, literals)
         raise GraphError(f"{file.path} cannot be read: {cause}") from None
 
 
 def layout_problems(file: RawFile, layout: RawLayout) -> list[str]:
-    """Return all that is wrong with a file's columns, and with what its Parquet footer promises, before reading.
+    """Return all that is wrong with a file's columns, and with what its Parquet footer promises.
 
     Raises:
         GraphError: the header line or the footer cannot be read at all.
@@ -101,11 +101,21 @@ def _column_problems(file: RawFile, layout: RawLayout, found: tuple[str, ...]) -
 
 
 def _delimited(file: RawFile, layout: RawLayout, literals: str) -> Iterator[Rows]:
-    quote = '"' if file.format == "csv" else False
-    parse = pa_csv.ParseOptions(delimiter=file.delimiter, quote_char=quote)
-    for table, position in _csv_batches(file, layout.names, layout.columns, parse):
-        names = {role: table.column(i) for i, role in enumerate(layout.roles)}
+    quoted = file.format == "csv"
+    parse = pa_csv.ParseOptions(delimiter=file.delimiter, quote_char='"' if quoted else False)
+    columns = layout.columns
+    if quoted:
+        # All of them, for a quote that is never closed swallows the lines after it in whichever column.
+        columns = tuple(dict.fromkeys([*columns, *(layout.names or read_header(file))]))
+    for batch, position in _csv_batches(file, layout.names, columns, parse):
+        if quoted and any(_holds_line_end(array) for array in batch.columns):
+            raise _SuspectError
+        names = {role: batch.column(i) for i, role in enumerate(layout.roles)}
         yield Rows(_checked(names), 0, position)
+
+
+def _holds_line_end(array: pa.Array) -> bool:
+    return bool(pc.any(pc.match_substring_regex(array, "[\r\n]")).as_py())
 
 
 def _csv_batches(
@@ -138,7 +148,7 @@ def _csv_batches(
 def _checked(names: dict[str, pa.Array]) -> dict[str, pa.Array]:
     for array in names.values():
         if array.null_count or (len(array) and not _lengths_fit(array)):
-            raise _Suspect
+            raise _SuspectError
     return names
 
 
@@ -157,7 +167,7 @@ def _ntriples(file: RawFile, layout: RawLayout, literals: str) -> Iterator[Rows]
         lines = lines.filter(pc.invert(pc.match_substring_regex(lines, NTRIPLES_SKIP)))
         terms = pc.extract_regex(lines, NTRIPLES_LINE)
         if terms.null_count:
-            raise _Suspect
+            raise _SuspectError
         is_literal = pc.starts_with(terms.field("tail"), '"')
         if literals == "drop":
             terms = terms.filter(pc.invert(is_literal))
@@ -196,13 +206,15 @@ def _parquet(file: RawFile, layout: RawLayout, literals: str) -> Iterator[Rows]:
                 for role, column in zip(layout.roles, layout.columns, strict=True)
             }
             yield Rows(_checked(names), 0, size * done // total)
+    if done != parquet.metadata.num_rows:
+        raise _SuspectError(f"{done} rows where its footer says {parquet.metadata.num_rows}")
 
 
 def _as_names(array: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if pa.types.is_integer(array.type) and _outside(array).any():
-        raise _Suspect
+        raise _SuspectError
     names = array.cast(pa.string())
     # Parquet readers hand bytes out as strings unseen.
     names.validate(full=True)
@@ -225,12 +237,18 @@ def _is_name_type(kind: pa.DataType) -> bool:
     )
 
 
-def _footer_problems(file: RawFile, layout: RawLayout) -> list[str]:
+def _opened(file: RawFile) -> pq.ParquetFile:
     try:
-        with open_parquet(file.path) as parquet:
-            schema, metadata = parquet.schema_arrow, parquet.metadata
+        return open_parquet(file.path)
     except (pa.ArrowException, OSError) as cause:
         raise GraphError(f"{file.path}: not a Parquet file, or cut off: {cause}") from None
+
+
+def _footer_problems(file: RawFile, layout: RawLayout) -> list[str]:
+    with _opened(file) as parquet:
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+    if not _is_consistent(metadata):
+        raise GraphError(f"{file.path}: its footer is damaged (row counts contradict each other); get it anew")
     problems = [*_column_problems(file, layout, tuple(schema.names)), *_bomb_problems(file, metadata)]
     for role, column in zip(layout.roles, layout.columns, strict=True):
         if schema.names.count(column) == 1 and not _is_name_type(schema.field(column).type):
@@ -239,6 +257,14 @@ def _footer_problems(file: RawFile, layout: RawLayout) -> list[str]:
                 f"{file.path}: column {column!r} for {role} is {kind}; strings or integers are needed"
             )
     return problems
+
+
+def _is_consistent(metadata: pq.FileMetaData) -> bool:
+    """Whether all of a footer's row counts agree: a reader that trusts a damaged one loses rows silently."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    # A list column has more values than rows; no column has fewer.
+    whole = all(g.column(i).num_values >= g.num_rows for g in groups for i in range(g.num_columns))
+    return whole and sum(group.num_rows for group in groups) == metadata.num_rows
 
 
 def _bomb_problems(file: RawFile, metadata: pq.FileMetaData) -> Iterator[str]:
@@ -269,7 +295,7 @@ def _locate(file: RawFile, layout: RawLayout, literals: str) -> None:
 
 
 def _locate_in_parquet(file: RawFile, layout: RawLayout) -> None:
-    with open_parquet(file.path) as parquet:
+    with _opened(file) as parquet:
         for group in range(parquet.metadata.num_row_groups):
             start = 0
             try:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,7 @@ class Graph:
         return self._under(split)
 
     def triples(self, split: str) -> npt.NDArray[np.int64]:
-        """Return all triples of a split, int64 [num_triples, 3] (head, relation, tail), in the order of the files.
+        """Return all triples of a split, int64 [num_triples, 3] (head, relation, tail), in the files' order.
 
         Raises:
             GraphError: a file is damaged, or holds other columns, rows or ids than the manifest says.
@@ -76,7 +76,7 @@ class Graph:
         """Yield one file's triples, int64 [rows, 3] per row group, so that one row group is in memory.
 
         Raises:
-            GraphError: the file is damaged, has other columns, or holds ids out of range; names row group and row.
+            GraphError: the file is damaged, has other columns, or holds an id out of range (row group, row).
 
         """
         limits = np.array([self.num_entities, self.num_relations, self.num_entities])
@@ -110,7 +110,7 @@ class Graph:
         return self._names(self._under(RELATIONS), self.num_relations)
 
     def entity_types(self) -> pa.Table | None:
-        """Return (entity int64, type string, label string or null), ordered by entity; None if there are none.
+        """Return (entity int64, type string, label string or null), ordered by entity; None: there are none.
 
         An entity may have no type, or several.
 
@@ -165,14 +165,14 @@ def _checked_facts(directory: Path, manifest: Manifest) -> tuple[str, int, int, 
     facts = manifest.facts
     name, triples = facts.get("name"), facts.get("num_triples")
     entities, relations = facts.get("num_entities"), facts.get("num_relations")
-    if not isinstance(name, str) or not _is_count(entities) or not _is_count(relations):
+    if not (isinstance(name, str) and _is_count(entities) and _is_count(relations)):
         raise GraphError(f"{directory / MANIFEST} is damaged: name, num_entities or num_relations is missing")
     if not isinstance(triples, dict) or not all(_is_count(triples.get(split)) for split in SPLITS):
         raise GraphError(f"{directory / MANIFEST} is damaged: num_triples is missing or wrong")
-    return name, int(entities), int(relations), {split: int(triples[split]) for split in SPLITS}
+    return name, entities, relations, {split: triples[split] for split in SPLITS}
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -180,9 +180,8 @@ def _row_groups(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     try:
         with open_parquet(path) as parquet:
             if not parquet.schema_arrow.equals(schema):
-                raise GraphError(
-                    f"{path} has columns {parquet.schema_arrow.names}, not {schema.names} as written"
-                )
+                found = ", ".join(f"{field.name} {field.type}" for field in parquet.schema_arrow)
+                raise GraphError(f"{path} has columns {found}, not a graph's; prepare the graph anew")
             for group in range(parquet.metadata.num_row_groups):
                 yield parquet.read_row_group(group)
     except (pa.ArrowException, OSError) as cause:

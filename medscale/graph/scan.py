@@ -1,7 +1,7 @@
 """The plain reader of raw text files: line by line, field by field, and exact about what is wrong where.
 
-Two orders of magnitude slower than `raw`, which does the work; this one finds the line that an error is about,
-and is the plain twin that tests compare `raw` with.
+Far slower than `raw`, which does the work; this one finds the line that an error is about, and is the plain
+twin that tests compare `raw` with.
 """
 
 import csv
@@ -140,7 +140,7 @@ def _fields(file: RawFile, number: int, line: str) -> list[str]:
 
 
 def _lines(file: RawFile) -> Iterator[tuple[int, str]]:
-    """Number the lines that are not blank; line ends, a byte order mark, bad UTF-8 and broken ends are handled."""
+    """Number the lines that are not blank; handles line ends, a byte order mark, bad UTF-8."""
     stream, _ = open_raw(file)
     # Bad bytes become lone surrogates, so that the line that holds them is known.
     text = io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8", errors="surrogateescape")

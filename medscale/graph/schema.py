@@ -1,12 +1,12 @@
-"""The form of a graph directory: its splits, columns, Parquet schemas, limits of ids, and how files are written.
+"""The form of a graph directory: splits, columns, Parquet schemas, limits of ids, and how files are written.
 
     manifest.json
-    entities/part-*.parquet        id int64, name string; ids are dense and in the order of the rows
-    relations.parquet              id int64, name string
-    entity_types/part-*.parquet    entity int64, type string, label string or null (only where there are types)
+    entities/part-*.parquet           id int64, name string; ids are dense and in the order of the rows
+    relations.parquet                 id int64, name string
+    entity_types/part-*.parquet       entity int64, type string, label string or null (where there are types)
     train|valid|test/part-*.parquet   head, relation, tail int64; rows shuffled once
 
-Page checksums are always written and always verified: Parquet read without them returns flipped bits silently.
+Page checksums are always written and always verified: without them Parquet returns flipped bits silently.
 """
 
 from pathlib import Path

@@ -1,6 +1,5 @@
 """Raw files: which ones a job names, in which format they are, and which of their columns are wanted."""
 
-import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +63,11 @@ def find_files(patterns: Sequence[str], section: GraphSection, data_root: Path, 
     """Return the files that a key of the job names, globs expanded, in the order of names per pattern.
 
     Raises:
-        GraphError: the data root or a file is missing, a name leads out of the root, or the format is unknown.
+        GraphError: the data root or a file is missing, a name leads out of the root, or a format is unknown.
 
     """
     if not data_root.is_dir():
-        raise GraphError(f"the data root {data_root} is no directory; {_HOW_TO_SET_THE_ROOT}")
+        raise GraphError(f"the data root {data_root} is no directory; {_SET_THE_ROOT}")
     files: dict[str, RawFile] = {}
     for pattern in patterns:
         for name in _expand(pattern, data_root, key):
@@ -76,7 +75,7 @@ def find_files(patterns: Sequence[str], section: GraphSection, data_root: Path, 
     return list(files.values())
 
 
-_HOW_TO_SET_THE_ROOT = "give the folder of the raw files with --data-dir or MEDSCALE_DATA_DIR"
+_SET_THE_ROOT = "give the folder of the raw files with --data-dir or MEDSCALE_DATA_DIR"
 
 
 def _expand(pattern: str, data_root: Path, key: str) -> list[str]:
@@ -86,12 +85,9 @@ def _expand(pattern: str, data_root: Path, key: str) -> list[str]:
         )
     if (data_root / pattern).is_file():
         return [pattern]
-    names = sorted(glob.glob(pattern, root_dir=data_root, recursive=True))
-    names = [name for name in names if (data_root / name).is_file()]
+    names = sorted(p.relative_to(data_root).as_posix() for p in data_root.glob(pattern) if p.is_file())
     if not names:
-        raise GraphError(
-            f"{key}: no file {pattern!r} under the data root {data_root}; {_HOW_TO_SET_THE_ROOT}"
-        )
+        raise GraphError(f"{key}: no file {pattern!r} under the data root {data_root}; {_SET_THE_ROOT}")
     return names
 
 
@@ -105,7 +101,7 @@ def _raw_file(path: Path, name: str, section: GraphSection) -> RawFile:
     known = _FORMATS.get(suffixes[-1]) if suffixes else None
     if known is None:
         raise GraphError(
-            f"{path}: the format does not show from the suffix (known: {', '.join(_FORMATS)}, then .gz or .zst); "
+            f"{path}: the suffix tells no format (known: {', '.join(_FORMATS)}, then .gz or .zst); "
             "set graph.format to tsv, csv, parquet or ntriples"
         )
     return RawFile(path, name, known, compression)  # type: ignore[arg-type]

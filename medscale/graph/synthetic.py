@@ -1,10 +1,10 @@
 """A generated SKG-like graph at any scale: users, products, shops, tags, ... under 15 relations.
 
-Planted structure makes it worth learning. Each user belongs to a community, which is the user's class label, and
-has two favourite categories among those of the community. Products belong to a category, and through it to a
+Planted structure makes it worth learning. Each user belongs to a community, which is the user's class label,
+and has two favourite categories among the community's. Products belong to a category, and through it to a
 community. A relation's tail comes from the head's own community or category with the share `focus`, else from
-anywhere; within it, popular members are drawn far more often (degrees follow a power law). Part of the views and
-likes repeat a purchase. Triples of a product, or a user's city and occupation, are functions of their head.
+anywhere; within it, popular members are drawn far more often (degrees follow a power law). Part of the views
+and likes repeat a purchase. A product's brand, shop and category and a user's city and occupation come once.
 
 Triple number i is a pure function of (seed, i): any part can be written alone, in any order, and the parts'
 size changes nothing but where the files are cut.
@@ -27,8 +27,10 @@ from medscale.seed import subseed
 
 __all__ = [
     "RELATIONS",
+    "Relation",
     "community_of_user",
     "kind_sizes",
+    "num_communities",
     "num_parts",
     "triples_part",
     "types_parts",
@@ -118,7 +120,7 @@ def num_parts(section: SyntheticSection) -> int:
 
 
 def triples_part(section: SyntheticSection, seed: int, part: int) -> pa.Table:
-    """Return part number `part` of the triples: (head, relation, tail) strings, at most `part_triples` rows."""
+    """Return part `part` of the triples, (head, relation, tail) strings: at most `part_triples` rows."""
     first = part * section.part_triples
     last = min(first + section.part_triples, section.num_triples)
     tables = []
@@ -233,7 +235,7 @@ def _mixed(numbers: npt.NDArray[np.int64] | Bits, key: int) -> Bits:
 
 def _uniform(stream: Bits, draw: int) -> npt.NDArray[np.float64]:
     """Return draw number `draw` of each stream, float64[n] in [0, 1)."""
-    return (_mixed(stream, draw + 1) >> np.uint64(11)) * 2.0**-53
+    return np.ldexp((_mixed(stream, draw + 1) >> np.uint64(11)).astype(np.float64), -53)
 
 
 def _named(section: SyntheticSection, seed: int, name: str, heads: Ints, tails: Ints) -> pa.Table:
@@ -256,7 +258,7 @@ def _joined(word: str, numbers: Ints) -> pa.Array:
 
 
 def _permuted(numbers: Ints, size: int, key: int) -> Ints:
-    """Return a seeded permutation of 0..size-1 at `numbers`, so that names tell nothing of groups or popularity.
+    """Return a seeded permutation of 0..size-1 at `numbers`: names then tell nothing of groups or popularity.
 
     A Feistel network on the next even power of two, walked until the result falls below `size`.
     """

@@ -1,4 +1,4 @@
-"""Names and ids. Ids are dense, from 0, in the order of the names (in numerical order where all are integers).
+"""Names and ids. Ids are dense, from 0, in the order of the names (numerical where all names are integers).
 
 So the ids of a graph depend on its names alone, and integer ids that are dense already stay as they are.
 Numbering happens in the database of an ingest, which spills to disk; looking up happens in memory.
@@ -41,7 +41,8 @@ def number_names(
     written. Returns the number of names written.
     """
     database.execute(
-        f"CREATE TABLE {kind}_used AS SELECT name, bool_or(split = 0) AS seen FROM ({_USES[kind]}) GROUP BY name"
+        f"CREATE TABLE {kind}_used AS "
+        f"SELECT name, bool_or(split = 0) AS seen FROM ({_USES[kind]}) GROUP BY name"
     )
     database.execute(f"CREATE TABLE {kind} (id BIGINT, name VARCHAR, seen BOOLEAN)")
     order = "NOT seen, " if only_seen else ""

@@ -80,17 +80,19 @@ class NameTable:
         return index
 
     def _first_not_before(self, wanted: bytes) -> int:
+        order = self.order.data
         low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2
-            if self._bytes(self.check(int(self.order[middle]))) < wanted:
+            if self._bytes(self.check(order[middle])) < wanted:
                 low = middle + 1
             else:
                 high = middle
         return low
 
     def _bytes(self, index: int) -> bytes:
-        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
+        # Views of the maps index several times faster than arrays do, one number at a time.
+        start, stop = self.offsets.data[index : index + 2]
         if not 0 <= start <= stop <= len(self.data):
             raise ExportError(f"{self.source}: the name of {self.what} {index} lies outside its bytes")
         return self.data[start:stop].tobytes()

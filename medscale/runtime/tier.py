@@ -301,6 +301,10 @@ class Tier:
         return rows.astype(np.float64)
 
     def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        if ids.ndim == 0:  # the look-up of one vector: nothing to gather
+            shard, row = divmod(int(ids), self._shard_rows)
+            vector: NDArray[np.float32] = self._shards[shard][row].copy()
+            return vector
         rows = np.empty((*ids.shape, self.columns), np.float32)
         shards, within = np.divmod(ids, self._shard_rows)
         for shard in np.unique(shards):
@@ -409,6 +413,8 @@ def _ids(table: NameTable, names: Names) -> NDArray[np.int64]:
     """Return ids of names or ids, each checked, in the shape given."""
     if isinstance(names, str):
         return np.array(table.index(names), np.int64)
+    if type(names) is int:
+        return np.array(table.check(names), np.int64)
     try:
         plain = isinstance(names, np.ndarray) and names.dtype.kind in "iu"
         ids = np.asarray(names if plain else _by_name(table, names))

@@ -1,0 +1,171 @@
+"""The losses against plain twins that loop over sub-models and triples, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toy import toy_job
+
+from medscale.batches.queries import Targets
+from medscale.config import LossSection
+from medscale.loss.bce import binary_cross_entropy, logits_of
+from medscale.loss.med import (
+    ScalingParameters,
+    dynamic_weights,
+    mutual_divergence,
+    mutual_huber,
+    negative_weights,
+    positive_weights,
+)
+from medscale.loss.regularizer import column_strengths, row_penalties
+from medscale.loss.softmax import log_probabilities, target_log_probabilities
+from medscale.model.layout import layout_of
+from medscale.objective import Objective
+
+W = torch.tensor(1.3, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def test_positive_weights_follow_equation_3() -> None:
+    scores = -torch.rand(3, 5, dtype=torch.float64) * 9 - 0.1
+    weights = positive_weights(scores, W, form="paper")
+    for row, plain in zip(weights, scores, strict=True):
+        exponentials = [math.exp(1.3 / s) for s in plain.tolist()]
+        torch.testing.assert_close(row, torch.tensor([e / sum(exponentials) for e in exponentials], dtype=torch.float64))
+    probability = torch.rand(3, 5, dtype=torch.float64)
+    bounded = positive_weights(probability, W, form="bounded")
+    torch.testing.assert_close(bounded, torch.softmax(1.3 * (1 - probability), 1))
+    # both forms: the worse a positive scores, the more it weighs
+    for evidence, form in ((scores, "paper"), (probability, "bounded")):
+        order = evidence[0].argsort()
+        assert (positive_weights(evidence, W, form=form)[0][order].diff() <= 0).all()
+
+
+@pytest.mark.parametrize("over", ["positive", "batch"])
+def test_negative_weights_follow_equation_4(over: str) -> None:
+    evidence = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    keep = torch.rand(3, 4, 5) < 0.7
+    weights = negative_weights(evidence, W, keep, over=over)
+    assert (weights[:, ~keep] == 0).all()
+    for i in range(2):
+        exponentials = (1.3 * evidence[i]).exp() * keep
+        norm = exponentials.sum() if over == "batch" else exponentials.sum(-1, keepdim=True) * 12
+        torch.testing.assert_close(weights[i], exponentials / norm)
+
+
+def test_a_positive_without_negatives_adds_nothing() -> None:
+    keep = torch.ones(1, 2, 3, dtype=torch.bool)
+    keep[0, 1] = False
+    weights = negative_weights(torch.randn(2, 1, 2, 3), torch.tensor(1.0), keep, over="positive")
+    assert (weights[:, 0, 1] == 0).all()
+    assert torch.isfinite(weights).all()
+
+
+def test_binary_cross_entropy_is_equation_5() -> None:
+    positive, negative = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    weights, negative_w = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 3, 4, dtype=torch.float64)
+    plain = [
+        -sum(weights[i, b] * math.log(1 / (1 + math.exp(-positive[i, b]))) for b in range(3))
+        - sum(
+            negative_w[i, b, k] * math.log(1 - 1 / (1 + math.exp(-negative[i, b, k]))) for b in range(3) for k in range(4)
+        )
+        for i in range(2)
+    ]
+    fast = binary_cross_entropy(positive, weights, negative, negative_w)
+    torch.testing.assert_close(fast, torch.stack(plain), rtol=1e-9, atol=1e-9)
+
+
+def test_logits_grow_margins_and_shrink_temperatures_with_the_square_root() -> None:
+    logits = logits_of(LossSection(margin=8.0), (16, 64), is_distance=True, device=torch.device("cpu"))
+    torch.testing.assert_close(logits.margins, torch.tensor([4.0, 8.0]))
+    torch.testing.assert_close(logits.temperatures, torch.tensor([2.0, 1.0]))
+    torch.testing.assert_close(logits(-torch.ones(2, 3))[0], torch.full((3,), 6.0))
+    product = logits_of(LossSection(margin=8.0), (16, 64), is_distance=False, device=torch.device("cpu"))
+    torch.testing.assert_close(product(torch.ones(2, 3)), torch.ones(2, 3))
+
+
+def test_mutual_huber_is_a_mean_per_pair() -> None:
+    small, large = torch.randn(2, 6, dtype=torch.float64) * 2, torch.randn(2, 6, dtype=torch.float64)
+    gap = (small - large).abs()
+    plain = torch.where(gap <= 1, gap**2 / 2, gap - 0.5).mean(1)
+    torch.testing.assert_close(mutual_huber(small, large), plain)
+
+
+def test_mutual_divergence_is_kl_and_spares_the_teacher() -> None:
+    raw = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    small, large = (F.log_softmax(r, 1) for r in raw)
+    loss = mutual_divergence(small, large, both=False)
+    plain = (large.exp() * (large - small)).sum(1).mean()
+    torch.testing.assert_close(loss, plain)
+    loss.backward()
+    assert raw[0].grad is not None
+    assert raw[1].grad is None
+    both = mutual_divergence(small, large, both=True)
+    torch.testing.assert_close(both, plain + (small.exp() * (small - large)).sum(1).mean())
+
+
+def test_dynamic_weights_are_equation_6() -> None:
+    weights = dynamic_weights(torch.tensor([10.0, 100.0, 500.0]), torch.tensor(2.0))
+    torch.testing.assert_close(weights, torch.tensor([math.exp(0.04), math.exp(0.4), math.exp(2.0)]))
+
+
+def test_learnable_scaling_parameters_stay_positive_under_the_barrier() -> None:
+    scaling = ScalingParameters(1.0, 1.0, 1.0, learnable=True, barrier=0.1)
+    for _ in range(2000):
+        loss = (scaling.values * torch.tensor([3.0, 2.0, 1.0])).sum() + scaling.barrier()
+        loss.backward()
+        with torch.no_grad():
+            scaling.values -= 1e-2 * scaling.values.grad
+        scaling.values.grad = None
+        scaling.clamp()
+    # the minimum of c w - b log w is at b / c
+    torch.testing.assert_close(scaling.values.detach(), torch.tensor([0.1 / 3, 0.05, 0.1]), rtol=1e-2, atol=1e-4)
+    assert ScalingParameters(1, 1, 1, learnable=False, barrier=0.1).barrier() == 0
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_target_log_probabilities_equal_log_softmax_and_its_gradient(biased: bool) -> None:
+    scores = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    bias = torch.rand(9, dtype=torch.float64) if biased else None
+    targets = Targets(torch.tensor([0, 0, 2, 3, 3, 3]), torch.tensor([1, 5, 0, 2, 2, 8]))
+    weights = torch.randn(6, dtype=torch.float64)
+    results = []
+    for logs in (
+        target_log_probabilities(scores, bias, targets),
+        log_probabilities(scores, bias)[targets.query_T, targets.candidate_T],
+    ):
+        (gradient,) = torch.autograd.grad((logs * weights).sum(), scores)
+        results.append((logs.detach(), gradient))
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_regularizers_count_each_column_once_with_its_levels_strength() -> None:
+    rows = torch.randn(3, 8, dtype=torch.float64)
+    strengths = column_strengths([0.1, 0.5], (1, 4), 2).double()
+    assert strengths.tolist() == pytest.approx([0.1] * 2 + [0.5] * 6)
+    assert column_strengths([0.3], (1, 4), 1).tolist() == pytest.approx([0.3] * 4)
+    modulus = rows.view(3, 4, 2).norm(dim=-1)
+    plain = (modulus**3 * torch.tensor([0.1, 0.5, 0.5, 0.5], dtype=torch.float64)).sum(1)
+    torch.testing.assert_close(row_penalties(rows, strengths, "n3", complex_units=True), plain)
+    torch.testing.assert_close(
+        row_penalties(rows, strengths, "n3", complex_units=False), (rows.abs() ** 3 * strengths).sum(1)
+    )
+    torch.testing.assert_close(row_penalties(rows, strengths, "l2", complex_units=False), (rows**2 * strengths).sum(1))
+
+
+def test_chosen_sub_models_hold_both_ends_and_neighbours_for_softmax() -> None:
+    dims = tuple(range(2, 34, 2))
+    for scorer in ("transe", "complex"):
+        job = toy_job(scorer, model={"dims": dims, "tiers": {"t": 32}}, med={"sub_models_per_step": 5})
+        objective = Objective(job, layout_of(job.model, 90, 4), torch.device("cpu"))
+        draws = [objective._chosen(step) for step in range(200)]
+        assert all(len(c) == 5 and c[0] == 0 and c[-1] == 15 and c == sorted(set(c)) for c in draws)
+        assert set().union(*draws) == set(range(16))
+        if scorer == "complex":
+            assert all(any(b == a + 1 for a, b in zip(c, c[1:], strict=False)) for c in draws)
