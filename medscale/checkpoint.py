@@ -143,13 +143,13 @@ def find_resumable(run_directory: Path, resume: str) -> Checkpoint | None:
     """
     sweep_leftovers(checkpoints_of(run_directory))
     steps = committed_steps(run_directory)
+    folder = checkpoints_of(run_directory)
+    if not steps and folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} holds no committed step, but other files, so this run cannot go on; move {run_directory} away "
+            "to start afresh"
+        )
     if not steps:
-        if (run_directory / "metrics.jsonl").exists() and checkpoints_of(run_directory).is_dir():
-            if any(checkpoints_of(run_directory).iterdir()):
-                raise CheckpointError(
-                    f"{checkpoints_of(run_directory)} holds no committed step, but other files; this run cannot go "
-                    "on: move the run directory away to start afresh"
-                )
         return None
     if resume == "never":
         raise CheckpointError(

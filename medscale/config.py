@@ -45,7 +45,7 @@ def key(
     """Declare a key: its default (`REQUIRED` for none), its help, and the values that it takes."""
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "pattern": pattern}
     metadata = {"help": text} | {name: value for name, value in limits.items() if value is not None}
-    return dataclasses.field(default=default, metadata=metadata)  # type: ignore[no-any-return, call-overload]
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,16 @@ class GraphSection:
     """Where the triples come from, and how they become a graph directory."""
 
     name: str | None = key(
-        None, "name of the graph directory, so that jobs can share one; default: the job's name",
+        None,
+        "name of the graph directory, so that jobs can share one; default: the job's name",
         pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*",
     )
     train: tuple[str, ...] = key((), "training files, relative to the data root; globs allowed")
     valid: tuple[str, ...] = key((), "validation files; none: split off `train` by `valid_fraction`")
     test: tuple[str, ...] = key((), "test files; none: split off `train` by `test_fraction`")
     format: Literal["auto", "tsv", "csv", "parquet", "ntriples"] = key(
-        "auto", "format of the files; `auto` goes by the suffix (.tsv .txt .csv .parquet .nt, then .gz or .zst)"
+        "auto",
+        "format of the files; `auto` goes by the suffix (.tsv .txt .csv .parquet .nt, then .gz or .zst)",
     )
     header: bool = key(False, "TSV and CSV: the first line names the columns")
     columns: tuple[str, ...] = key(
@@ -102,8 +104,10 @@ class ModelSection:
     norm: Literal["l1", "l2"] = key("l1", "TransE: norm of the distance")
     dims: tuple[int, ...] = key(REQUIRED, "units of each sub-model, increasing; the last is the whole model", minimum=1)
     tiers: Mapping[str, int] = key(
-        REQUIRED, "name: dim of what is shipped; each dim is one of `dims`",
-        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*", minimum=1,
+        REQUIRED,
+        "name: dim of what is shipped; each dim is one of `dims`",
+        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+        minimum=1,
     )
     reciprocal: bool = key(
         False,
@@ -114,7 +118,8 @@ class ModelSection:
         1.0,
         "kappa: a sub-model's score = its own level's + kappa x the score of the one below; "
         "below 1 needs at most 8 sub-models",
-        above=0, maximum=1,
+        above=0,
+        maximum=1,
     )
     init_scale: float | None = key(
         None,
@@ -142,7 +147,8 @@ class NegativesSection:
     )
     chunk_size: int = key(32, "positives that share negatives; divides batch_size", minimum=1)
     corrupt: Literal["head", "tail", "both"] = key(
-        "both", "which side is replaced; `both` alternates (halves of a positive's negatives, or whole chunks)"
+        "both",
+        "which side is replaced; `both` alternates (halves of a positive's negatives, or whole chunks)",
     )
     filter_known: bool = key(False, "bce: negatives that are known training triples do not count")
 
@@ -152,12 +158,11 @@ class LossSection:
     """The loss of one sub-model."""
 
     kind: Literal["bce", "softmax"] = key(
-        "bce", "binary cross-entropy on logits a_i (gamma_i + s_i), or cross-entropy over candidates (products)"
+        "bce",
+        "binary cross-entropy on logits a_i (gamma_i + s_i), or cross-entropy over candidates (products)",
     )
     margin: float = key(9.0, "gamma of the largest sub-model (distances; products have none)", minimum=0)
-    margin_scaling: Literal["sqrt", "equal"] = key(
-        "sqrt", "gamma_i = margin x sqrt(d_i / d_n), or the same for all"
-    )
+    margin_scaling: Literal["sqrt", "equal"] = key("sqrt", "gamma_i = margin x sqrt(d_i / d_n), or the same for all")
     temperature: Literal["sqrt", "one"] = key(
         "sqrt", "distances: a_i = sqrt(d_n / d_i), or 1 for all; products always use 1"
     )
@@ -201,7 +206,8 @@ class MedSection:
     weights_lr: float = key(1e-4, "learnable: learning rate of w1, w2, w3", above=0)
     weights_barrier: float = key(0.1, "learnable: strength of the log-barrier", minimum=0)
     sub_models_per_step: int | None = key(
-        None, "train a sample of sub-models per step, always with the smallest and the largest; default: all",
+        None,
+        "train a sample of sub-models per step, always with the smallest and the largest; default: all",
         minimum=2,
     )
 
@@ -242,7 +248,8 @@ class CheckpointSection:
     every_steps: int | None = key(None, "steps between checkpoints; default: at each epoch's end", minimum=1)
     keep: int = key(2, "committed checkpoints kept, beside the best one", minimum=2)
     resume: Literal["auto", "previous", "never"] = key(
-        "auto", "`auto` goes on from the newest checkpoint, `previous` from the one before it (a damaged newest "
+        "auto",
+        "`auto` goes on from the newest checkpoint, `previous` from the one before it (a damaged newest "
         "one is set aside), `never` refuses a run directory that already holds any",
     )
 
@@ -267,12 +274,13 @@ class RuntimeSection:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run. `resolved` in the run directory is a job with every key spelled out."""
+    """One run. `job.yaml` in the run directory is one with every key spelled out."""
 
     name: str = key(REQUIRED, "names the run directory", pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*")
     seed: int = key(0, "the only source of randomness", minimum=0)
     preset: Literal["default", "paper"] = key(
-        "default", "where keys that the file does not give take their values from; `paper` = the letter of the paper"
+        "default",
+        "where keys that the file does not give take their values from; `paper` = the letter of the paper",
     )
     graph: GraphSection = key(REQUIRED, "the triples")
     model: ModelSection = key(REQUIRED, "scorer, sub-models, tiers")
@@ -357,9 +365,12 @@ def _model_conflicts(model: ModelSection) -> Iterator[tuple[str, str]]:
         if dim not in model.dims:
             yield f"model.tiers.{name}", f"{dim} is not one of model.dims {_short(model.dims)}"
     if model.damping < 1 and len(model.dims) > 8:
-        yield "model.damping", (
-            f"{model.damping} with {len(model.dims)} sub-models wipes the first ones out "
-            f"({model.damping}^{len(model.dims) - 1}); use 1, or at most 8 dims"
+        yield (
+            "model.damping",
+            (
+                f"{model.damping} with {len(model.dims)} sub-models wipes the first ones out "
+                f"({model.damping}^{len(model.dims) - 1}); use 1, or at most 8 dims"
+            ),
         )
     if model.norm != "l1" and model.scorer != "transe":
         yield "model.norm", f"is for transe; {model.scorer} has its own"
@@ -369,19 +380,37 @@ def _loss_conflicts(job: Job) -> Iterator[tuple[str, str]]:
     loss, negatives, scorer = job.loss, job.negatives, job.model.scorer
     kinds = {"bce": ("per_positive", "chunk", "in_batch"), "softmax": ("shared", "all")}[loss.kind]
     if negatives.kind not in kinds:
-        yield "negatives.kind", f"{negatives.kind} does not go with loss.kind {loss.kind}; use {' or '.join(kinds)}"
+        yield (
+            "negatives.kind",
+            f"{negatives.kind} does not go with loss.kind {loss.kind}; use {' or '.join(kinds)}",
+        )
     if loss.kind == "softmax":
         if scorer in DISTANCES:
-            yield "loss.kind", f"softmax is for product scorers (complex, simple, distmult), not {scorer}; use bce"
+            yield (
+                "loss.kind",
+                f"softmax is for product scorers (complex, simple, distmult), not {scorer}; use bce",
+            )
         if len(job.model.dims) > 8 and job.med.sub_models_per_step is None:
-            yield "med.sub_models_per_step", "softmax holds one score matrix per sub-model: at most 8 per step"
+            yield (
+                "med.sub_models_per_step",
+                "softmax holds one score matrix per sub-model: at most 8 per step",
+            )
         if job.med.sub_models_per_step is not None and job.med.sub_models_per_step > 8:
-            yield "med.sub_models_per_step", "softmax holds one score matrix per sub-model: at most 8 per step"
+            yield (
+                "med.sub_models_per_step",
+                "softmax holds one score matrix per sub-model: at most 8 per step",
+            )
         if negatives.filter_known:
-            yield "negatives.filter_known", "is for bce; softmax candidates keep known triples, as in the field"
+            yield (
+                "negatives.filter_known",
+                "is for bce; softmax candidates keep known triples, as in the field",
+            )
     else:
         if negatives.kind != "per_positive" and job.train.batch_size % negatives.chunk_size:
-            yield "negatives.chunk_size", f"{negatives.chunk_size} does not divide batch_size {job.train.batch_size}"
+            yield (
+                "negatives.chunk_size",
+                f"{negatives.chunk_size} does not divide batch_size {job.train.batch_size}",
+            )
         if negatives.kind == "per_positive" and negatives.corrupt == "both" and negatives.number % 2:
             yield "negatives.number", f"{negatives.number} is odd: with corrupt: both, half replace each side"
         if negatives.kind == "in_batch" and negatives.chunk_size < 2:
@@ -389,8 +418,9 @@ def _loss_conflicts(job: Job) -> Iterator[tuple[str, str]]:
     if job.med.form == "paper" and scorer not in DISTANCES and job.med.evolution != "off":
         yield "med.form", f"exp(w1 / s) is undefined where s crosses 0, as {scorer}'s does; use bounded"
     if len(loss.regularizer_weights) not in (1, len(job.model.dims)):
-        yield "loss.regularizer_weights", (
-            f"has {len(loss.regularizer_weights)} values; give 1, or {len(job.model.dims)} (one per level)"
+        yield (
+            "loss.regularizer_weights",
+            (f"has {len(loss.regularizer_weights)} values; give 1, or {len(job.model.dims)} (one per level)"),
         )
     if loss.regularizer == "none" and any(loss.regularizer_weights):
         yield "loss.regularizer_weights", "is set, but loss.regularizer is none"

@@ -151,9 +151,7 @@ def check_memory() -> Check:
     found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
     found += f", limited to {limit / GIB:.1f} by the container" if limit else ""
     if min(free, limit or free) < 2 * GIB:
-        return Check(
-            "memory", "warning", found, "small graphs only; `medscale plan JOB` says what a job needs"
-        )
+        return Check("memory", "warning", found, "small graphs only; `medscale plan JOB` says what a job needs")
     return Check("memory", "ok", found)
 
 

@@ -66,7 +66,8 @@ def evaluate(
     records = records_of(ranks, split)
     write_json(run_directory / "evaluation.json", records)
     write_json(
-        run_directory / "evaluation_summary.json", _summary(tables, graph, ranks, records, split, time.monotonic() - start)
+        run_directory / "evaluation_summary.json",
+        _summary(tables, graph, ranks, records, split, time.monotonic() - start),
     )
     names = graph.relation_names().to_pylist()
     _write_csv(run_directory / "evaluation_by_relation.csv", relation_records(ranks, triples[:, 1], names))
@@ -125,7 +126,17 @@ def print_table(records: Sequence[dict[str, Any]], run_directory: Path, console:
         f"{'; triples with unseen entities were dropped' if summary['unseen_dropped'] else ''}. "
         f"Ability retention {summary['ability_retention_ratio']:.3f}."
     ))  # fmt: skip
-    for heading in ("dim", "MRR", "Hits@1", "Hits@3", "Hits@10", "mean rank", "MRR (paper's)", "M parameters", "Effi"):
+    for heading in (
+        "dim",
+        "MRR",
+        "Hits@1",
+        "Hits@3",
+        "Hits@10",
+        "mean rank",
+        "MRR (paper's)",
+        "M parameters",
+        "Effi",
+    ):
         table.add_column(heading, justify="right")
     paper = {r["dim"]: r["mrr"] for r in records if r["protocol"] == "paper"}
     for record in records:
@@ -143,10 +154,16 @@ def print_table(records: Sequence[dict[str, Any]], run_directory: Path, console:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    parser = job_parser("evaluate", "Rank a split with every sub-model of a trained job: filtered, both sides, all entities.")
+    parser = job_parser(
+        "evaluate", "Rank a split with every sub-model of a trained job: filtered, both sides, all entities."
+    )
     parser.add_argument("--split", choices=("test", "valid"), help="default: the job's evaluate.split")
-    parser.add_argument("--step", type=int, help="checkpoint to rank with (default: the best on validation, else the newest)")
-    parser.add_argument("--json", action="store_true", help="print the records as JSON lines on stdout instead of a table")
+    parser.add_argument(
+        "--step", type=int, help="checkpoint to rank with (default: the best on validation, else the newest)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the records as JSON lines on stdout instead of a table"
+    )
     return run_command(lambda: _main(parser.parse_args(argv)))
 
 

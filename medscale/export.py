@@ -34,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME=DIM,...",
         help="tiers to cut instead of the job's; each dim is a sub-model of the checkpoint",
     )
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="cut from this checkpoint instead of the best one"
-    )
+    parser.add_argument("--step", type=int, metavar="N", help="cut from this checkpoint instead of the best one")
     arguments = parser.parse_args(argv)
     return run_command(lambda: _run(arguments))
 

@@ -247,9 +247,7 @@ class _Reading:
             seen[name] = self.lines[_join(path, name)] = line
             yield name, value_node
 
-    def _report_unknown(
-        self, name: str, keys: Mapping[str, Key], given: Mapping[str, Any], path: str
-    ) -> None:
+    def _report_unknown(self, name: str, keys: Mapping[str, Key], given: Mapping[str, Any], path: str) -> None:
         where = _join(path, name)
         close = difflib.get_close_matches(name[:64], keys, 1) if len(self.problems) < MAX_PROBLEMS else []
         elsewhere = [place for place in _places_of(name) if place != where]

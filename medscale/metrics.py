@@ -22,7 +22,7 @@ class RunLog:
         self.path = run_directory / "metrics.jsonl"
         self._drop_after(resumed_step)
         self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=resumed_step + 1)  # type: ignore[no-untyped-call]
+        self.board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one record {"kind", "step", ...}; numbers also become TensorBoard curves `kind/name`."""
@@ -30,15 +30,15 @@ class RunLog:
         self.file.flush()
         for name, value in values.items():
             if isinstance(value, int | float):
-                self.board.add_scalar(f"{kind}/{name}", value, step)  # type: ignore[no-untyped-call]
+                self.board.add_scalar(f"{kind}/{name}", value, step)
             elif isinstance(value, Mapping):
                 for key, number in value.items():
-                    self.board.add_scalar(f"{kind}/{name}/{key}", number, step)  # type: ignore[no-untyped-call]
+                    self.board.add_scalar(f"{kind}/{name}/{key}", number, step)
 
     def close(self) -> None:
         """Flush and close both."""
         self.file.close()
-        self.board.close()  # type: ignore[no-untyped-call]
+        self.board.close()
 
     def _drop_after(self, step: int) -> None:
         """Keep the whole lines up to a step: a killed run may have written more, and half a line."""

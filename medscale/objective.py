@@ -79,9 +79,7 @@ class Objective(torch.nn.Module):
         )
         self._scan_of = functools.lru_cache(maxsize=64)(self._make_scan)
 
-    def forward(
-        self, batch: CorruptionBatch | QueryBatch, rows_UC: Tensor, relations_RC: Tensor, step: int
-    ) -> Terms:
+    def forward(self, batch: CorruptionBatch | QueryBatch, rows_UC: Tensor, relations_RC: Tensor, step: int) -> Terms:
         """Return the terms of a step's batch; `rows_UC` are the rows of its `entities_U`."""
         if isinstance(batch, QueryBatch):
             return self._softmax_terms(batch, rows_UC, relations_RC, step)
@@ -105,9 +103,7 @@ class Objective(torch.nn.Module):
         known, relation, target = (torch.cat([t[i].flatten() for t in triples]) for i in range(3))
         penalty = self._penalty(rows_UC, relations_RC, known, relation, target)
         dims = self.layout.dims
-        return self._combine(
-            hard, [dims[i] for i in chosen], mutual, [dims[i] for i in self._taught(chosen)], penalty
-        )
+        return self._combine(hard, [dims[i] for i in chosen], mutual, [dims[i] for i in self._taught(chosen)], penalty)
 
     def _corruption_losses(
         self, c: Corruption, scan: PrefixScan, chosen: Sequence[int], rows_UC: Tensor, relations_RC: Tensor
@@ -127,9 +123,7 @@ class Objective(torch.nn.Module):
         positive_evidence = positive_nR if literal else torch.sigmoid(logit_nR.detach())
         negative_evidence = negative_nXPK if literal else logit_nXPK
         weights_mR = positive_weights(self._evidence(positive_evidence, chosen), w1, form=med.form)
-        weights_mXPK = negative_weights(
-            self._evidence(negative_evidence, chosen), w2, c.keep_XPK, over=med.normalize
-        )
+        weights_mXPK = negative_weights(self._evidence(negative_evidence, chosen), w2, c.keep_XPK, over=med.normalize)
         if med.evolution == "previous" and chosen[0] == 0:
             weights_mR, weights_mXPK = _first_even(weights_mR), _first_even(weights_mXPK, c.keep_XPK)
         hard_m = binary_cross_entropy(logit_nR[chosen], weights_mR, logit_nXPK[chosen], weights_mXPK)
@@ -175,9 +169,7 @@ class Objective(torch.nn.Module):
         if med.mutual != "off" and pairs:
             logs = [log_probabilities(s, batch.bias_M) for s in scores]
             log_mT = torch.stack([log[targets.query_T, targets.candidate_T] for log in logs])
-            mutual = torch.stack(
-                [mutual_divergence(logs[a], logs[b], both=med.mutual == "both") for a, b in pairs]
-            )
+            mutual = torch.stack([mutual_divergence(logs[a], logs[b], both=med.mutual == "both") for a, b in pairs])
         else:
             log_mT = torch.stack([target_log_probabilities(s, batch.bias_M, targets) for s in scores])
             mutual, pairs = rows_UC.new_zeros(0), []
@@ -232,9 +224,7 @@ class Objective(torch.nn.Module):
         scorer = self.layout.scorer
         is_complex = scorer.name in ("complex", "rotate")
         entity_U = row_penalties(rows_UC, self.strengths, kind, complex_units=is_complex)
-        relation_R = row_penalties(
-            relations_RC, self.relation_strengths, kind, complex_units=scorer.name == "complex"
-        )
+        relation_R = row_penalties(relations_RC, self.relation_strengths, kind, complex_units=scorer.name == "complex")
         return (entity_U[known] + relation_R[relation] + entity_U[target]).mean()
 
     def _chosen(self, step: int) -> list[int]:
@@ -255,9 +245,7 @@ class Objective(torch.nn.Module):
         return sorted(int(i) for i in chosen)
 
     def _make_scan(self, chosen: tuple[int, ...]) -> PrefixScan:
-        return prefix_scan(
-            self.layout.scorer, self.layout.dims, self.layout.damping, chosen, device=self.device
-        )
+        return prefix_scan(self.layout.scorer, self.layout.dims, self.layout.damping, chosen, device=self.device)
 
 
 def _first_even(weights: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -52,7 +52,12 @@ class Optimizers:
     """All optimizers of a run, driven together."""
 
     def __init__(
-        self, section: OptimizerSection, table: EntityTable, relations: Tensor, scaling: Tensor, scaling_lr: float
+        self,
+        section: OptimizerSection,
+        table: EntityTable,
+        relations: Tensor,
+        scaling: Tensor,
+        scaling_lr: float,
     ) -> None:
         self.section, self.table = section, table
         self.relations, self.scaling = relations, scaling
@@ -81,7 +86,7 @@ class Optimizers:
 
     def dense_state(self) -> dict[str, Tensor]:
         """Return the tensors of the dense optimizer's state; loading writes into them."""
-        return {name: value for name, value in self.dense.state[self.relations].items()}
+        return dict(self.dense.state[self.relations].items())
 
     def _prime(self) -> None:
         """Give Adam its state before the first step, so that a checkpoint has something to load into."""

@@ -61,14 +61,16 @@ def rank_triples(
 
     `triples` is int64[T, 3]; `known` holds the triples that do not count as wrong answers.
     """
-    scan = prefix_scan(
-        layout.scorer, layout.dims, layout.damping, dtype=relations_RC.dtype, device=relations_RC.device
-    )
+    scan = prefix_scan(layout.scorer, layout.dims, layout.damping, dtype=relations_RC.dtype, device=relations_RC.device)
     sides: tuple[Side, ...] = ("tail", "head")
     for side in sides:
         for start in range(0, len(triples), _QUERIES):
             part = slice(start, min(start + _QUERIES, len(triples)))
-            yield side, part, _rank_side(triples[part], side, scan, rows, relations_RC, layout, known, memory_mib)
+            yield (
+                side,
+                part,
+                _rank_side(triples[part], side, scan, rows, relations_RC, layout, known, memory_mib),
+            )
 
 
 def rank_all(
@@ -131,9 +133,7 @@ def _rank_side(
     return ranks
 
 
-def _chunk_scores(
-    scan: PrefixScan, query_QC: Tensor, entities_NC: Tensor, scale_QC: Tensor | None
-) -> Iterator[Tensor]:
+def _chunk_scores(scan: PrefixScan, query_QC: Tensor, entities_NC: Tensor, scale_QC: Tensor | None) -> Iterator[Tensor]:
     """Yield scores [Q, N] of each sub-model, smallest first."""
     if scan.scorer.is_distance:
         scale = None if scale_QC is None else scale_QC.unsqueeze(0)
@@ -182,7 +182,9 @@ def records_of(ranks: Ranks, split: str) -> list[dict[str, Any]]:
     averaged = (ranks.head + ranks.tail) / 2
     for i, dim in enumerate(ranks.dims):
         for side in ("both", "head", "tail"):
-            records.append({"dim": dim, "split": split, "protocol": "field", "side": side, **_metrics(ranks.of(side)[i])})
+            records.append(
+                {"dim": dim, "split": split, "protocol": "field", "side": side, **_metrics(ranks.of(side)[i])}
+            )
         records.append({"dim": dim, "split": split, "protocol": "paper", "side": "both", **_metrics(averaged[i])})
     return records
 
@@ -191,7 +193,12 @@ def _metrics(ranks: NDArray[np.float64]) -> dict[str, float | int]:
     if not len(ranks):
         return {"mrr": 0.0, "hits@1": 0.0, "hits@3": 0.0, "hits@10": 0.0, "mean_rank": 0.0, "num_queries": 0}
     hits = {f"hits@{k}": float((ranks <= k).mean()) for k in (1, 3, 10)}
-    return {"mrr": float((1 / ranks).mean()), **hits, "mean_rank": float(ranks.mean()), "num_queries": len(ranks)}
+    return {
+        "mrr": float((1 / ranks).mean()),
+        **hits,
+        "mean_rank": float(ranks.mean()),
+        "num_queries": len(ranks),
+    }
 
 
 def relation_records(ranks: Ranks, relations: NDArray[np.int64], names: list[str]) -> Iterator[Mapping[str, Any]]:

@@ -82,9 +82,7 @@ def _quality_by_units(path: Path) -> dict[int, Mapping[str, Any]]:
 def _line(directory: Path, quality: Mapping[int, Mapping[str, Any]]) -> TierLine:
     tier = Tier.open(directory)
     if tier.dim not in quality:
-        raise MedscaleError(
-            f"{directory} has dim {tier.dim}, which is not evaluated: run medscale evaluate again"
-        )
+        raise MedscaleError(f"{directory} has dim {tier.dim}, which is not evaluated: run medscale evaluate again")
     record = quality[tier.dim]
     return TierLine(
         tier=tier.name,

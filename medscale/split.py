@@ -149,9 +149,7 @@ def write_export(
 
 def _next_version(versions: Path, step: int) -> Path:
     """Return the path of a version that sorts after all there are."""
-    numbers = [
-        int(match[1]) for path in versions.iterdir() if (match := re.fullmatch(r"(\d+)-step-\d+", path.name))
-    ]
+    numbers = [int(match[1]) for path in versions.iterdir() if (match := re.fullmatch(r"(\d+)-step-\d+", path.name))]
     return versions / f"{max(numbers, default=0) + 1:06d}-step-{step}"
 
 
@@ -321,9 +319,7 @@ def _chunks(rows: int, shard_rows: int, step: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + step, end)
 
 
-def _exported_relations(
-    source: TableSource, scorer: str, dim: int, exported: ExportedScorer
-) -> NDArray[np.float32]:
+def _exported_relations(source: TableSource, scorer: str, dim: int, exported: ExportedScorer) -> NDArray[np.float32]:
     """Return relation rows as tiers hold them: as trained, but RotatE's phases as (cos, sin)."""
     if scorer != "rotate":
         return np.ascontiguousarray(source.relations(dim * len(exported.relation_unit)))

@@ -15,6 +15,7 @@ from medscale.graph.reader import Graph
 from medscale.jobfile import dump_job, load_job
 from medscale.logs import log
 from medscale.options import job_parser, run_command
+from medscale.plan import plan, require_fit, size_of
 from medscale.prepare import prepare
 from medscale.storage import run_lock, write_atomic
 from medscale.trainer import Outcome, Trainer
@@ -61,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Run a whole job: prepare its graph the first time, train all sub-models at once (going on from the newest "
         "checkpoint), evaluate each, and export the tiers.",
     )
-    parser.add_argument(
-        "--resume", choices=("auto", "previous", "never"), help="overrides the job's checkpoint.resume"
-    )
+    parser.add_argument("--resume", choices=("auto", "previous", "never"), help="overrides the job's checkpoint.resume")
     return run_command(lambda: _main(parser.parse_args(argv)))
 
 
@@ -72,6 +71,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.resume:
         job = dataclasses.replace(job, checkpoint=dataclasses.replace(job.checkpoint, resume=arguments.resume))
     graph = prepare(job, data_root=arguments.data_dir, graphs_root=arguments.graphs_dir)
+    require_fit(job, plan(job, size_of(job, arguments.graphs_dir)), arguments.runs_dir)
     run_directory = arguments.runs_dir / job.name
     outcome, signal_number = train(job, graph, run_directory)
     if outcome is Outcome.INTERRUPTED:

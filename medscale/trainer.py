@@ -8,7 +8,7 @@ import contextlib
 import enum
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -158,9 +158,9 @@ class Trainer:
         rows_UC = looked_up_UC.detach().requires_grad_()
         terms: Terms = self.objective(batch, rows_UC, self.relations, step)
         _require_finite(terms, self.layout, step + 1)
-        terms.total.backward()  # type: ignore[no-untyped-call]
+        terms.total.backward()
         _require_finite_gradients({"entities": rows_UC.grad, "relations": self.relations.grad}, step + 1)
-        looked_up_UC.backward(rows_UC.grad)  # type: ignore[no-untyped-call]
+        looked_up_UC.backward(rows_UC.grad)
         self.optimizers.step_dense()
         self.objective.scaling.clamp()
         self.progress.step += 1
@@ -216,7 +216,10 @@ class Trainer:
         run_log.write("valid", progress.step, {"epoch": epoch, "mrr": by_dim, "seconds": round(seconds, 2)})
         smallest, largest = self.layout.dims[0], self.layout.dims[-1]
         words = f"valid MRR {mrr[0]:.4f} @{smallest} {mrr[-1]:.4f} @{largest}"
-        return f"epoch {epoch}  step {progress.step:,}  {words}  mean {mrr.mean():.4f}  ({seconds:.1f} s)", words
+        return (
+            f"epoch {epoch}  step {progress.step:,}  {words}  mean {mrr.mean():.4f}  ({seconds:.1f} s)",
+            words,
+        )
 
     def _described(self, terms: Terms) -> Mapping[str, Any]:
         hard = dict(zip(map(str, terms.dims), (round(v, 6) for v in terms.hard.tolist()), strict=True))
@@ -229,11 +232,12 @@ class Trainer:
     def _prefetched(self) -> Iterator[CorruptionBatch | QueryBatch]:
         """Yield the remaining batches, each prepared by a thread while the one before is trained on."""
         with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self.batches.batch, self.progress.step)
+            prepare: Callable[[int], CorruptionBatch | QueryBatch] = self.batches.batch
+            coming = pool.submit(prepare, self.progress.step)
             for step in range(self.progress.step, self.total_steps):
                 batch = coming.result()
                 if step + 1 < self.total_steps:
-                    coming = pool.submit(self.batches.batch, step + 1)
+                    coming = pool.submit(prepare, step + 1)
                 yield batch.to(self.device)
 
     def _due(self, every: int) -> bool:
@@ -303,7 +307,10 @@ def initial_scale(job: Job) -> float:
 def _require_finite(terms: Terms, layout: Layout, step: int) -> None:
     if torch.isfinite(terms.total):
         return
-    names = {dim: f"sub-model {dim}" + "".join(f" (tier {n})" for n, d in layout.tiers.items() if d == dim) for dim in layout.dims}
+    names = {
+        dim: f"sub-model {dim}" + "".join(f" (tier {n})" for n, d in layout.tiers.items() if d == dim)
+        for dim in layout.dims
+    }
     broken = [f"hard loss of {names[d]}" for d, v in zip(terms.dims, terms.hard, strict=True) if not torch.isfinite(v)]
     broken += [
         f"mutual loss of {names[d]} and the one below"

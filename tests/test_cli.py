@@ -94,9 +94,7 @@ def failing(error: BaseException) -> Callable[[], int]:
 def test_typed_errors_end_with_their_own_code(
     error: type[errors.MedscaleError], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    instance = (
-        errors.ConfigError(["toy.yaml:1: x"]) if error is errors.ConfigError else error("toy.yaml:1: x")
-    )
+    instance = errors.ConfigError(["toy.yaml:1: x"]) if error is errors.ConfigError else error("toy.yaml:1: x")
     assert run_command(failing(instance)) == error.exit_code
     assert capsys.readouterr().err == "medscale: toy.yaml:1: x\n"
 

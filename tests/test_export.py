@@ -49,9 +49,7 @@ class Run:
         facts = {
             "step": step, "graph_sha256": graph_sha256 or self.graph.sha256, **layout_facts(layout, "l1"),
         }  # fmt: skip
-        return save(
-            self.root / "runs" / "little", {"entities": entities, "dense": {"relations": relations}}, facts
-        )
+        return save(self.root / "runs" / "little", {"entities": entities, "dense": {"relations": relations}}, facts)
 
     def export(self, *arguments: str) -> int:
         folders = ["--runs-dir", str(self.root / "runs"), "--graphs-dir", str(self.root / "graphs")]
@@ -66,9 +64,7 @@ def run(tmp_path: Path, data_dir: Path) -> Run:
     return Run(tmp_path, data_dir)
 
 
-def test_a_checkpoint_becomes_tiers_with_the_graphs_names(
-    run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_becomes_tiers_with_the_graphs_names(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     step = run.commit(7)
     assert run.export() == 0
     printed = capsys.readouterr().out

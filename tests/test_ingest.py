@@ -21,7 +21,7 @@ from medscale.config import GraphSection
 from medscale.errors import CapacityError, GraphError
 from medscale.graph import ingest as ingest_module
 from medscale.graph.ingest import ingest
-from medscale.graph.raw import layout_problems, read_rows
+from medscale.graph.raw import Rows, layout_problems, read_rows
 from medscale.graph.reader import Graph
 from medscale.graph.scan import scan_rows
 from medscale.graph.schema import MAX_ID, MAX_NAME_BYTES
@@ -40,9 +40,8 @@ TOY = [
 
 def build(root: Path, **section: Any) -> Graph:
     """Ingest files that lie in `root` into `root`/graphs/toy."""
-    return ingest(
-        GraphSection(**section), name="toy", seed=section.pop("seed", 0), data_root=root, directory=root / "graphs" / "toy"
-    )  # fmt: skip
+    directory = root / "graphs" / "toy"
+    return ingest(GraphSection(**section), name="toy", seed=0, data_root=root, directory=directory)
 
 
 def named(graph: Graph, split: str = "train") -> set[tuple[str, str, str]]:
@@ -102,9 +101,7 @@ def test_dropping_unseen_names_is_an_option(data_dir: Path, tmp_path: Path) -> N
 
 
 def test_entity_types_of_a_real_graph(data_dir: Path, tmp_path: Path) -> None:
-    section = GraphSection(
-        train=("FB15k-237/test.tsv.zst",), entity_types="FB15k-237/entity_category4.tsv.zst"
-    )
+    section = GraphSection(train=("FB15k-237/test.tsv.zst",), entity_types="FB15k-237/entity_category4.tsv.zst")
     graph = ingest(section, name="fb", seed=0, data_root=data_dir, directory=tmp_path / "fb")
     table = graph.entity_types()
     assert table is not None
@@ -124,8 +121,11 @@ def test_every_format_gives_the_same_graph(tmp_path: Path) -> None:
     csv = "note,tail,relation,head\n" + "".join(f"x,{t},{r},{h}\n" for h, r, t in quoted)
     parquet = tmp_path / "p" / "t.parquet"
     parquet.parent.mkdir()
-    pq.write_table(pa.table({"x": [1.5] * 5, **dict(zip(("tail", "head", "relation"), zip(*((t, h, r) for h, r, t in TOY), strict=True), strict=True))}), parquet)  # fmt: skip
+    heads, relations, tails = zip(*TOY, strict=True)
+    columns = {"x": [1.5] * len(TOY), "tail": tails, "head": heads, "relation": relations}
+    pq.write_table(pa.table(columns), parquet)
     expected = fingerprint(build(tmp_path / "0", train=(write(tmp_path / "0" / "t.tsv", plain),)))
+    renamed = csv.replace("\n", "\r\n").replace("head", "from")
     cases: list[tuple[str, bytes, dict[str, Any]]] = [
         ("t.txt", tsv(TOY, "\r\n"), {}),
         ("t.tsv", b"\xef\xbb\xbf" + plain + b"\n\r\n\n", {}),
@@ -140,11 +140,7 @@ def test_every_format_gives_the_same_graph(tmp_path: Path) -> None:
             {"columns": ("tail", "x", "relation", "head")},
         ),
         ("t.csv", csv.encode(), {"header": True}),
-        (
-            "t.csv.gz",
-            gzip.compress(csv.replace("\n", "\r\n").replace("head", "from").encode()),
-            {"header": True, "head_column": "from"},
-        ),  # fmt: skip
+        ("t.csv.gz", gzip.compress(renamed.encode()), {"header": True, "head_column": "from"}),
         ("t.parquet", parquet.read_bytes(), {}),
     ]
     for number, (name, data, keys) in enumerate(cases, 1):
@@ -185,8 +181,8 @@ def test_dense_integer_ids_stay_as_they_are(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     triples = np.unique(np.stack([generator.integers(0, n, 500) for n in (120, 12, 120)], axis=1), axis=0)
     assert set(np.unique(triples[:, [0, 2]])) == set(range(120))
-    table = pa.table({"head": triples[:, 0].astype(np.uint32), "relation": triples[:, 1].astype(np.int8), "tail": triples[:, 2]})  # fmt: skip
-    pq.write_table(table, tmp_path / "t.parquet")
+    head, relation = triples[:, 0].astype(np.uint32), triples[:, 1].astype(np.int8)
+    pq.write_table(pa.table({"head": head, "relation": relation, "tail": triples[:, 2]}), tmp_path / "t.parquet")
     graph = build(tmp_path, train=("t.parquet",))
     assert np.array_equal(np.unique(graph.triples("train"), axis=0), triples)
 
@@ -237,9 +233,7 @@ def test_duplicates_leaks_and_unseen_names_are_counted(tmp_path: Path) -> None:
 
 def many(count: int) -> list[tuple[str, ...]]:
     draw = random.Random(0)
-    return [
-        (f"e{draw.randrange(300)}", f"r{draw.randrange(9)}", f"e{draw.randrange(300)}") for _ in range(count)
-    ]
+    return [(f"e{draw.randrange(300)}", f"r{draw.randrange(9)}", f"e{draw.randrange(300)}") for _ in range(count)]
 
 
 def test_seeded_split(tmp_path: Path) -> None:
@@ -279,26 +273,26 @@ def test_rows_are_shuffled_and_threads_and_memory_change_nothing(
 # The plain twin
 
 
-FIELDS = st.text(
-    st.characters(exclude_characters="\t\n\r\x00", exclude_categories=["Cs"]), min_size=1, max_size=5
-)
+def in_rows(batch: Rows) -> list[tuple[str, ...]]:
+    return list(zip(*(batch.names[role].to_pylist() for role in ROLES), strict=True))
+
+
+FIELDS = st.text(st.characters(exclude_characters="\t\n\r\x00", exclude_categories=["Cs"]), min_size=1, max_size=5)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.tuples(FIELDS, FIELDS, FIELDS), max_size=8), st.sampled_from(["tsv", "csv"]), st.booleans()
-)
+@given(st.lists(st.tuples(FIELDS, FIELDS, FIELDS), max_size=8), st.sampled_from(["tsv", "csv"]), st.booleans())
 def test_fast_reader_equals_plain_scanner(rows: list[tuple[str, str, str]], kind: str, crlf: bool) -> None:
     end = "\r\n" if crlf else "\n"
-    quote = '"' if kind == "csv" else ""
-    text = "".join(
-        ("," if kind == "csv" else "\t").join(quote + field.replace('"', '""' if quote else '"') + quote for field in row)
-        + end for row in rows
-    )  # fmt: skip
+    if kind == "csv":
+        quoted = [['"' + field.replace('"', '""') + '"' for field in row] for row in rows]
+        text = "".join(",".join(row) + end for row in quoted)
+    else:
+        text = "".join("\t".join(row) + end for row in rows)
     with tempfile.TemporaryDirectory() as root:
         file = RawFile(Path(root) / "t", "t", kind, None)  # type: ignore[arg-type]
         write(file.path, text.encode())
-        fast = [row for batch in read_rows(file, LAYOUT) for row in zip(*(batch.names[r].to_pylist() for r in ROLES), strict=True)]  # fmt: skip
+        fast = [row for batch in read_rows(file, LAYOUT) for row in in_rows(batch)]
         plain = [fields for _, fields in scan_rows(file, LAYOUT)]
     if not (rows and rows[0][0].startswith("\ufeff") and kind == "tsv"):
         assert fast == plain == rows
@@ -315,12 +309,16 @@ def test_fast_ntriples_equal_plain_scanner(tmp_path: Path) -> None:
         '"<a> <b> <c> ."',
     ]
     draw = random.Random(0)
-    lines = [f"{draw.choice(terms[:3])} <r:{draw.randrange(3)}> {draw.choice(terms)} .{draw.choice(['', ' # c', ' '])}\n" for _ in range(300)]  # fmt: skip
+    ends = ["", " # c", " "]
+    lines = [
+        f"{draw.choice(terms[:3])} <r:{draw.randrange(3)}> {draw.choice(terms)} .{draw.choice(ends)}\n"
+        for _ in range(300)
+    ]
     file = RawFile(tmp_path / "t.nt", "t.nt", "ntriples", None)
     write(file.path, "".join(lines).encode())
     for literals in ("keep", "drop"):
         batches = list(read_rows(file, LAYOUT, literals=literals))
-        fast = [row for b in batches for row in zip(*(b.names[r].to_pylist() for r in ROLES), strict=True)]
+        fast = [row for batch in batches for row in in_rows(batch)]
         assert fast == [fields for _, fields in scan_rows(file, LAYOUT, literals)]
         assert len(fast) + sum(b.literals_dropped for b in batches) == 300
 
@@ -329,6 +327,8 @@ def test_fast_ntriples_equal_plain_scanner(tmp_path: Path) -> None:
 
 
 GOOD = tsv(many(2_000))
+LONG = b"b" * (MAX_NAME_BYTES + 1)
+ZST = pa.compress(GOOD, "zstd", asbytes=True)
 NT = b"<a> <r> <b> .\n" * 1_000
 
 BAD: list[tuple[str, bytes, dict[str, Any], str]] = [
@@ -336,16 +336,16 @@ BAD: list[tuple[str, bytes, dict[str, Any], str]] = [
     ("t.tsv", GOOD + b"a\tr\tb\tc\n", {}, r"t\.tsv:2001: 4 fields"),
     ("t.tsv", GOOD + b"\n\na\t\tb\n", {}, r"t\.tsv:2003: relation is empty"),
     ("t.tsv", GOOD + b"a\tr\tb\xff\n", {}, r"t\.tsv:2001: not UTF-8 \(byte 0xff after 5 characters\)"),
-    ("t.tsv", GOOD + b"a\tr\t" + b"b" * (MAX_NAME_BYTES + 1) + b"\n", {}, r"t\.tsv:2001: tail is longer than"),
+    ("t.tsv", GOOD + b"a\tr\t" + LONG + b"\n", {}, r"t\.tsv:2001: tail is longer than"),
     ("t.tsv", b"a" * (20 << 20), {}, r"t\.tsv:1: longer than"),
     ("t.tsv.gz", gzip.compress(GOOD)[:-50], {}, r"t\.tsv\.gz:\d+: the compressed data break off"),
-    ("t.tsv.zst", pa.compress(GOOD, "zstd", asbytes=True)[:-50], {}, r"t\.tsv\.zst:\d+: the compressed data break off"),
+    ("t.tsv.zst", ZST[:-50], {}, r"t\.tsv\.zst:\d+: the compressed data break off"),
     ("t.tsv.gz", GOOD, {}, r"t\.tsv\.gz:1: the compressed data break off or are damaged"),
     ("t.tsv", b"", {}, r"no training triples in t\.tsv"),
     ("t.tsv", b"\n\n", {}, r"no training triples in t\.tsv"),
     ("t.csv", b"head,relation,tail\n", {"header": True}, r"no training triples in t\.csv"),
     ("t.csv", b'a,r,b\na,r,"b\nc,r,d\n', {}, r"t\.csv:2: broken quoting"),
-    ("t.csv", b"h,relation\n1,2\n", {"header": True}, r"no column 'head' for head; it has 'h', 'relation'; .*no column 'tail'"),
+    ("t.csv", b"h,relation\n1,2\n", {"header": True}, r"no column 'head' for head.* no column 'tail'"),
     ("t.csv", b"head,head,relation,tail\n1,2,3,4\n", {"header": True}, r"2 columns are named 'head'"),
     ("t.nt", NT + b"<a> <r> <b>\n", {}, r"t\.nt:1001: not an N-Triples line"),
     ("t.nt", NT + b"<a> <r> <\\x41> .\n", {}, r"t\.nt:1001: .*backslash"),
@@ -409,14 +409,12 @@ def test_large_integer_ids_become_dense_ones(tmp_path: Path, large: int) -> None
         ({}, ["no column 'head'", "no column 'relation'", "no column 'tail'"]),
         ({"head": ["a"], "tail": ["b"]}, ["no column 'relation' for relation; it has 'head', 'tail'"]),
         ({"subject": ["a"], "relation": ["r"], "tail": ["b"]}, ["no column 'head'"]),
-        ({"head": [1.0], "relation": [True], "tail": ["b"]}, ["'head' for head is double", "'relation' for relation is bool"]),
-        ({"head": [b"a"], "relation": ["r"], "tail": [["b"]]}, ["'head' for head is binary", "'tail' for tail is list"]),
+        ({"head": [1.0], "relation": [True], "tail": ["b"]}, ["for head is double", "for relation is bool"]),
+        ({"head": [b"a"], "relation": ["r"], "tail": [["b"]]}, ["for head is binary", "for tail is list"]),
         ({"head": [None], "relation": ["r"]}, ["'head' for head is null", "no column 'tail'"]),
     ],
 )  # fmt: skip
-def test_wrong_schemas_are_reported_in_full(
-    tmp_path: Path, columns: dict[str, Any], problems: list[str]
-) -> None:
+def test_wrong_schemas_are_reported_in_full(tmp_path: Path, columns: dict[str, Any], problems: list[str]) -> None:
     parquet(tmp_path / "bad.parquet", columns)
     parquet(tmp_path / "good.parquet", {"head": ["a"], "relation": ["r"], "tail": ["b"]})
     with pytest.raises(GraphError) as caught:
@@ -443,6 +441,14 @@ def test_parquet_bomb_is_refused_from_its_footer(tmp_path: Path, rows: int) -> N
         build(tmp_path, train=("t.parquet",))
 
 
+def rows_or_error(file: RawFile) -> int | GraphError:
+    try:
+        assert not layout_problems(file, LAYOUT)
+        return sum(len(rows.names["head"]) for rows in read_rows(file, LAYOUT))
+    except GraphError as error:
+        return error
+
+
 def test_damaged_parquet_is_an_error_or_rows_but_never_a_crash(tmp_path: Path) -> None:
     columns = {role: [f"{role}{i % 50}" for i in range(2_000)] for role in ROLES}
     parquet(tmp_path / "good.parquet", columns, write_page_checksum=True)
@@ -463,21 +469,17 @@ def test_damaged_parquet_is_an_error_or_rows_but_never_a_crash(tmp_path: Path) -
             data = data[place:] + data[:place]
         write(tmp_path / "bad.parquet", bytes(data))
         file = RawFile(tmp_path / "bad.parquet", "bad.parquet", "parquet", None)
-        try:
-            assert not layout_problems(file, LAYOUT)
-            num_rows = sum(len(rows.names["head"]) for rows in read_rows(file, LAYOUT))
-        except GraphError as error:
-            assert "bad.parquet" in str(error)
-            refused += 1
-        else:
-            assert num_rows == 2_000
+        outcome = rows_or_error(file)
+        assert outcome == 2_000 or "bad.parquet" in str(outcome)
+        refused += isinstance(outcome, GraphError)
     assert refused > 40
 
 
 def test_missing_files_name_the_data_root_and_how_to_set_it(tmp_path: Path) -> None:
-    with pytest.raises(GraphError, match=r"graph\.train: no file 'no\.tsv' under the data root .*--data-dir or MEDSCALE_DATA_DIR"):  # fmt: skip
+    missing = r"graph\.train: no file 'no\.tsv' under the data root .*--data-dir or MEDSCALE_DATA_DIR"
+    with pytest.raises(GraphError, match=missing):
         build(tmp_path, train=("no.tsv",))
-    with pytest.raises(GraphError, match="the data root .* is no directory"):
+    with pytest.raises(GraphError, match=r"the data root .* is no directory"):
         build(tmp_path / "nowhere", train=("no.tsv",))
     for name in ("/etc/passwd", "../x.tsv"):
         with pytest.raises(GraphError, match="leads out of the data root"):
@@ -494,14 +496,15 @@ from medscale.graph.ingest import ingest
 root = Path({str(root)!r})
 {prelude}
 try:
-    ingest(GraphSection(train=("t.tsv",)), name="toy", seed=0, data_root=root, directory=root / "graphs" / "toy")
+    section = GraphSection(train=("t.tsv",))
+    ingest(section, name="toy", seed=0, data_root=root, directory=root / "graphs" / "toy")
 except MedscaleError as error:
     print(error)
     sys.exit(error.exit_code)
 """
-    return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    variables = {**os.environ, **environment}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -198,9 +198,7 @@ def test_conflict_with_a_preset_names_the_preset() -> None:
 
 
 def test_conflict_of_a_key_not_given_names_its_section() -> None:
-    assert only_problem_of(changed("epochs: 2", "epochs: 2\n  batch_size: 33")).startswith(
-        "toy.yaml:1: negatives."
-    )
+    assert only_problem_of(changed("epochs: 2", "epochs: 2\n  batch_size: 33")).startswith("toy.yaml:1: negatives.")
     text = changed("name: toy", "name: toy\nnegatives:\n  number: 5").replace(
         "epochs: 2", "epochs: 2\n  batch_size: 33"
     )

@@ -36,8 +36,7 @@ def module_name(path: Path) -> str:
 
 
 TREES: Mapping[str, ast.Module] = {
-    module_name(path): ast.parse(path.read_text(encoding="utf-8"), str(path))
-    for path in sorted(PACKAGE.rglob("*.py"))
+    module_name(path): ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in sorted(PACKAGE.rglob("*.py"))
 }
 
 
@@ -96,18 +95,12 @@ def test_runtime_needs_numpy_alone() -> None:
             allowed = top in sys.stdlib_module_names or top in RUNTIME_MAY_IMPORT
             below = imported == "medscale" or imported.startswith("medscale.runtime")
             at_call = top == "pyarrow" and not _at_import(TREES[module], "pyarrow")
-            assert allowed or below or at_call or imported in RUNTIME_MAY_IMPORT, (
-                f"{module} imports {imported}"
-            )
+            assert allowed or below or at_call or imported in RUNTIME_MAY_IMPORT, f"{module} imports {imported}"
 
 
 def _at_import(tree: ast.Module, name: str) -> bool:
     """Whether importing the module imports `name`: outside functions and TYPE_CHECKING blocks."""
-    body = [
-        node
-        for node in tree.body
-        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
-    ]
+    body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
     flat = [node for node in body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return any(imported.split(".")[0] == name for node in flat for imported in imports_of(node))
 

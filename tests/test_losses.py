@@ -1,5 +1,6 @@
 """The losses against plain twins that loop over sub-models and triples, in float64."""
 
+import itertools
 import math
 
 import pytest
@@ -36,7 +37,9 @@ def test_positive_weights_follow_equation_3() -> None:
     weights = positive_weights(scores, W, form="paper")
     for row, plain in zip(weights, scores, strict=True):
         exponentials = [math.exp(1.3 / s) for s in plain.tolist()]
-        torch.testing.assert_close(row, torch.tensor([e / sum(exponentials) for e in exponentials], dtype=torch.float64))
+        torch.testing.assert_close(
+            row, torch.tensor([e / sum(exponentials) for e in exponentials], dtype=torch.float64)
+        )
     probability = torch.rand(3, 5, dtype=torch.float64)
     bounded = positive_weights(probability, W, form="bounded")
     torch.testing.assert_close(bounded, torch.softmax(1.3 * (1 - probability), 1))
@@ -72,7 +75,9 @@ def test_binary_cross_entropy_is_equation_5() -> None:
     plain = [
         -sum(weights[i, b] * math.log(1 / (1 + math.exp(-positive[i, b]))) for b in range(3))
         - sum(
-            negative_w[i, b, k] * math.log(1 - 1 / (1 + math.exp(-negative[i, b, k]))) for b in range(3) for k in range(4)
+            negative_w[i, b, k] * math.log(1 - 1 / (1 + math.exp(-negative[i, b, k])))
+            for b in range(3)
+            for k in range(4)
         )
         for i in range(2)
     ]
@@ -168,4 +173,4 @@ def test_chosen_sub_models_hold_both_ends_and_neighbours_for_softmax() -> None:
         assert all(len(c) == 5 and c[0] == 0 and c[-1] == 15 and c == sorted(set(c)) for c in draws)
         assert set().union(*draws) == set(range(16))
         if scorer == "complex":
-            assert all(any(b == a + 1 for a, b in zip(c, c[1:], strict=False)) for c in draws)
+            assert all(any(b == a + 1 for a, b in itertools.pairwise(c)) for c in draws)

@@ -13,7 +13,11 @@ from medscale.model import reference
 from medscale.model.prefix import prefix_scan
 from medscale.model.scoring import Scorer, scorer_of
 
-SCORERS = [("transe", "l1"), ("transe", "l2"), *((s, "l1") for s in ("rotate", "pairre", "simple", "complex", "distmult"))]
+SCORERS = [
+    ("transe", "l1"),
+    ("transe", "l2"),
+    *((s, "l1") for s in ("rotate", "pairre", "simple", "complex", "distmult")),
+]
 DIMS = [(1,), (3, 7), (10, 20, 30), (5, 10, 25, 50), (2, 3, 5, 8, 13)]
 
 
@@ -21,12 +25,16 @@ def scorer_named(name: str, norm: str) -> Scorer:
     return scorer_of(ModelSection(scorer=name, norm=norm, dims=(1,), tiers={"t": 1}))  # type: ignore[arg-type]
 
 
-def random_rows(scorer: Scorer, units: int, num_chunks: int, num_positives: int, num_candidates: int, seed: int) -> list[Tensor]:
+def random_rows(
+    scorer: Scorer, units: int, num_chunks: int, num_positives: int, num_candidates: int, seed: int
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     columns, relation_columns = units * scorer.unit_columns, units * scorer.relation_unit_columns
     shapes = [
-        (num_chunks, num_positives, columns), (num_chunks, num_positives, relation_columns), (num_chunks, num_candidates, columns),
-    ]  # fmt: skip
+        (num_chunks, num_positives, columns),
+        (num_chunks, num_positives, relation_columns),
+        (num_chunks, num_candidates, columns),
+    ]
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
@@ -37,7 +45,9 @@ def one_pass(scorer: Scorer, dims: tuple[int, ...], damping: float, side: str, r
     return scan.scores(scorer.query(known_XPC, relation_XPC, side), candidates_XKC, scale_XPC)
 
 
-def one_by_one(name: str, norm: str, scorer: Scorer, dims: tuple[int, ...], damping: float, side: str, rows: list[Tensor]) -> Tensor:
+def one_by_one(
+    name: str, norm: str, scorer: Scorer, dims: tuple[int, ...], damping: float, side: str, rows: list[Tensor]
+) -> Tensor:
     """Score every (positive, candidate) pair with every sub-model on its own."""
     known_XPC, relation_XPC, candidates_XKC = rows
     num_chunks, num_positives, _ = known_XPC.shape
@@ -59,7 +69,10 @@ def test_one_pass_equals_cropped_scorers_and_their_gradients(name: str, norm: st
     for number, dims in enumerate(DIMS):
         rows = [r.requires_grad_() for r in random_rows(scorer, dims[-1], 2, 3, 4, number)]
         weights = torch.randn(len(dims), 2, 3, 4, dtype=torch.float64)
-        fast, plain = one_pass(scorer, dims, damping, side, rows), one_by_one(name, norm, scorer, dims, damping, side, rows)
+        fast, plain = (
+            one_pass(scorer, dims, damping, side, rows),
+            one_by_one(name, norm, scorer, dims, damping, side, rows),
+        )
         torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
         gradients = [torch.autograd.grad((s * weights).sum(), rows) for s in (fast, plain)]
         for one, other in zip(*gradients, strict=True):

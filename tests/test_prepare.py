@@ -62,9 +62,7 @@ def test_jobs_share_a_graph_by_its_name(data_root: Path, tmp_path: Path) -> None
 
 
 def test_a_changed_job_is_refused_with_every_difference(data_root: Path, tmp_path: Path) -> None:
-    prepare(
-        job_of(GraphSection(train=("t.tsv",), valid_fraction=0.1)), data_root=data_root, graphs_root=tmp_path
-    )
+    prepare(job_of(GraphSection(train=("t.tsv",), valid_fraction=0.1)), data_root=data_root, graphs_root=tmp_path)
     changed = job_of(GraphSection(train=("u.tsv",), test_fraction=0.2), seed=1)
     with pytest.raises(GraphError) as caught:
         prepare(changed, data_root=data_root, graphs_root=tmp_path)
@@ -139,9 +137,7 @@ def test_two_at_once_build_one_graph(data_root: Path, tmp_path: Path) -> None:
         prepare(dataclasses.replace(job, name="other"), data_root=data_root, graphs_root=tmp_path / "g")
 
 
-def test_command_prepares_and_reports(
-    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_prepares_and_reports(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job_file = tmp_path / "toy.yaml"
     job_file.write_text(dump_job(job_of(GraphSection(train=("t.tsv",)))))
     arguments = [str(job_file), "--data-dir", str(data_root), "--graphs-dir", str(tmp_path / "graphs")]
@@ -158,10 +154,9 @@ def test_command_prepares_and_reports(
 def test_module_runs_with_the_data_root_from_the_environment(data_root: Path, tmp_path: Path) -> None:
     job_file = tmp_path / "toy.yaml"
     job_file.write_text(dump_job(job_of(GraphSection(train=("t.tsv",)))))
-    result = subprocess.run(
-        [sys.executable, "-m", "medscale.prepare", str(job_file)],
-        cwd=tmp_path, env={**os.environ, "MEDSCALE_DATA_DIR": str(data_root)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    variables = {**os.environ, "MEDSCALE_DATA_DIR": str(data_root)}
+    command = [sys.executable, "-m", "medscale.prepare", str(job_file)]
+    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "\x1b" not in result.stderr
     assert open_graph(tmp_path / "graphs" / "toy").num_triples["train"] == 50

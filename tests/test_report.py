@@ -40,17 +40,13 @@ def test_a_line_per_tier(run_directory: Path) -> None:
     lines = report.report(run_directory)
     assert [(line.tier, line.dim, line.units) for line in lines] == [("phone", 6, 3), ("server", 24, 12)]
     for line in lines:
-        assert [line.mrr, line.hits_at_1, line.hits_at_3, line.hits_at_10] == list(
-            quality(line.units).values()
-        )
+        assert [line.mrr, line.hits_at_1, line.hits_at_3, line.hits_at_10] == list(quality(line.units).values())
         files = (run_directory / "export" / line.tier).iterdir()
         assert line.bytes == sum(path.stat().st_size for path in files)
         assert 0 < line.lookup_ms < 10_000
 
 
-def test_command(
-    run_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command(run_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     job = run_directory.parent / "small.yaml"
     job.write_text(

@@ -70,9 +70,7 @@ def test_scores_are_those_of_the_model_cropped(
     relations = sorted({row[1] for row in rows})
     facts = model_facts(scorer, norm, damping=damping, reciprocal=reciprocal)
     tables = small_tables(facts, len(entities), len(relations))
-    write_export(
-        tables, pa.array(entities), pa.array(relations), facts, TIERS, tmp_path / "export", shard_rows=60
-    )
+    write_export(tables, pa.array(entities), pa.array(relations), facts, TIERS, tmp_path / "export", shard_rows=60)
 
     triples = rows[:40]
     h, r, t = (
@@ -93,9 +91,7 @@ def test_scores_are_those_of_the_model_cropped(
     for i, name in enumerate(TIERS):
         tier = Tier.open(tmp_path / "export" / name)
         scale = np.abs(forward[i]).max()
-        found = tier.score(
-            [row[0] for row in triples], [row[1] for row in triples], [row[2] for row in triples]
-        )
+        found = tier.score([row[0] for row in triples], [row[1] for row in triples], [row[2] for row in triples])
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, (forward[i] + asked_for_heads[i]) / 2, rtol=1e-5, atol=1e-6 * scale)
         for j in range(5):
@@ -356,9 +352,7 @@ def test_missing_extra_cut_and_swapped_files_are_named(copy: Path) -> None:
         ("run", None),
     ],
 )
-def test_facts_that_contradict_the_files_are_refused_even_when_sealed(
-    copy: Path, fact: str, value: object
-) -> None:
+def test_facts_that_contradict_the_files_are_refused_even_when_sealed(copy: Path, fact: str, value: object) -> None:
     rewrite_manifest(copy, **{fact: value})
     for verify in (True, False):
         with pytest.raises(ExportError):
@@ -545,9 +539,7 @@ EMPTY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
         (b'{"v":"' + b"x" * MAX_HEADER_BYTES + b'"}', b"", None),
     ],
 )
-def test_malformed_safetensors_are_refused(
-    tmp_path: Path, header: object, data: bytes, length: int | None
-) -> None:
+def test_malformed_safetensors_are_refused(tmp_path: Path, header: object, data: bytes, length: int | None) -> None:
     with pytest.raises(ExportError, match="not a sound safetensors"):
         map_tensors(write_safetensors(tmp_path / "x.safetensors", header, data, length))
 
@@ -634,8 +626,6 @@ def test_fuzzed_headers_never_give_what_the_library_would_not(tmp_path: Path) ->
         accepted += 1
         known = safetensors.numpy.load(file)
         assert mapped.keys() == known.keys()
-        assert all(
-            mapped[n].tobytes() == known[n].tobytes() and mapped[n].shape == known[n].shape for n in known
-        )
+        assert all(mapped[n].tobytes() == known[n].tobytes() and mapped[n].shape == known[n].shape for n in known)
     assert refused > 1000
     assert accepted > 10  # renamed tensors, changed data: sound files still

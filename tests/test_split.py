@@ -40,9 +40,7 @@ def shards(directory: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(("scorer", "norm"), SCORERS)
 @pytest.mark.parametrize("reciprocal", [False, True])
-def test_cropped_columns_are_the_tables_bit_for_bit(
-    tmp_path: Path, scorer: str, norm: str, reciprocal: bool
-) -> None:
+def test_cropped_columns_are_the_tables_bit_for_bit(tmp_path: Path, scorer: str, norm: str, reciprocal: bool) -> None:
     facts = model_facts(scorer, norm, reciprocal=reciprocal)
     tables = small_tables(facts, 103, 4)
     tables.entities[5, 0] = -0.0
@@ -67,9 +65,7 @@ def test_cropped_columns_are_the_tables_bit_for_bit(
 
 @pytest.mark.parametrize("scorer", ["rotate", "complex", "pairre"])
 @pytest.mark.parametrize("reciprocal", [False, True])
-def test_relations_are_as_trained_or_turned_into_cos_and_sin(
-    tmp_path: Path, scorer: str, reciprocal: bool
-) -> None:
+def test_relations_are_as_trained_or_turned_into_cos_and_sin(tmp_path: Path, scorer: str, reciprocal: bool) -> None:
     facts = model_facts(scorer, reciprocal=reciprocal)
     tables = small_tables(facts, 5, 4)
     export(tmp_path / "export", facts, tables, TIERS)
@@ -168,9 +164,7 @@ def test_a_graph_with_other_relations_is_refused(tmp_path: Path) -> None:
     facts = model_facts(reciprocal=True)
     tables, entity_names = small_tables(facts, 4, 2), pa.array(["a", "b", "c", "d"])
     with pytest.raises(ExportError, match="4 relation rows, the graph 4 relations"):
-        write_export(
-            tables, entity_names, pa.array(["r", "s", "t", "u"]), facts, {"t": 3}, tmp_path / "export"
-        )
+        write_export(tables, entity_names, pa.array(["r", "s", "t", "u"]), facts, {"t": 3}, tmp_path / "export")
 
 
 def test_what_an_export_did_not_make_stays(tmp_path: Path) -> None:
@@ -266,13 +260,9 @@ for mark in range({first}, {first} + 3):
 
 
 def start_exporter(directory: Path, first: int, setup: str = "", fault: str = "") -> subprocess.Popen[str]:
-    program = EXPORTER.format(
-        tests=str(Path(__file__).parent), setup=setup, first=first, directory=str(directory)
-    )
+    program = EXPORTER.format(tests=str(Path(__file__).parent), setup=setup, first=first, directory=str(directory))
     environment = os.environ | {"MEDSCALE_FAULT": fault}
-    return subprocess.Popen(
-        [sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(

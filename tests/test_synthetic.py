@@ -93,9 +93,7 @@ def test_every_entity_has_a_kind_and_every_user_a_class() -> None:
         assert len(table) <= SMALL.part_triples
         if "label" in table.column_names:
             labels += table.column("label").to_pylist()
-        assert all(
-            e.split("/")[0] == t for e, t in zip(*(table.column(i).to_pylist() for i in (0, 1)), strict=True)
-        )
+        assert all(e.split("/")[0] == t for e, t in zip(*(table.column(i).to_pylist() for i in (0, 1)), strict=True))
     assert dict(kinds) == kind_sizes(SMALL)
     assert set(Counter(labels).values()) == {2_000 // 16}
     assert len(set(labels)) == 16

@@ -55,9 +55,7 @@ def query_table(triples: Ids, num_relations: int, *, reciprocal: bool, max_tails
     begins = np.flatnonzero(rank % max_tails == 0)
     if not reciprocal:
         relation = relation % num_relations
-        return QueryTable(
-            known[begins], relation[begins], asks_head[begins], np.append(begins, len(known)), answers
-        )
+        return QueryTable(known[begins], relation[begins], asks_head[begins], np.append(begins, len(known)), answers)
     never = np.zeros(len(begins), dtype=bool)
     return QueryTable(known[begins], relation[begins], never, np.append(begins, len(known)), answers)
 

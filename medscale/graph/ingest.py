@@ -59,6 +59,9 @@ __all__ = ["Progress", "ingest", "source_of"]
 Progress = Callable[[str, int, str], AbstractContextManager[Advance]]
 
 _MAX_THREADS = 4
+#: rows per insertion: large ones go straight into the table's file, small ones through a log of changes first,
+#: and one transaction for everything would grow with the number of triples
+_INSERT_ROWS = 1 << 19
 
 
 @dataclass
@@ -94,9 +97,7 @@ def ingest(
 
     """
     assert section.synthetic is None, "prepare writes the raw files of a generated graph first"
-    files = {
-        split: find_files(getattr(section, split), section, data_root, f"graph.{split}") for split in SPLITS
-    }
+    files = {split: find_files(getattr(section, split), section, data_root, f"graph.{split}") for split in SPLITS}
     types = find_files(_given(section.entity_types), section, data_root, "graph.entity_types")
     layout = triples_layout(section)
     typed = [(file, _types_layout(section, file)) for file in types]
@@ -166,10 +167,7 @@ def _listed(files: Mapping[str, list[RawFile]], types: list[RawFile]) -> list[di
 
 def _report(facts: Mapping[str, Any]) -> None:
     sizes = ", ".join(f"{split} {count:,}" for split, count in facts["num_triples"].items())
-    log(
-        f"graph {facts['name']}: {facts['num_entities']:,} entities, "
-        f"{facts['num_relations']:,} relations; {sizes}"
-    )
+    log(f"graph {facts['name']}: {facts['num_entities']:,} entities, {facts['num_relations']:,} relations; {sizes}")
     met = {
         "duplicates": "duplicate triples dropped",
         "unseen": f"triples with a name unseen in train, {facts['unseen_policy']}",
@@ -268,16 +266,11 @@ def _load(
 ) -> None:
     database.execute("CREATE TABLE raw (split UTINYINT, head VARCHAR, relation VARCHAR, tail VARCHAR)")
     total = sum(file.path.stat().st_size for found in files.values() for file in found)
-    # One transaction: batches then go straight into the table's file, not through a log of changes first.
-    database.begin()
     with progress("reading", total, "bytes") as advance:
         for split, found in files.items():
             which = _split_choice(section, seed) if split == "train" else str(SPLITS.index(split))
             for file in found:
-                counts.literals_dropped += _load_file(
-                    database, file, layout, section.literals, which, advance
-                )
-    database.commit()
+                counts.literals_dropped += _load_file(database, file, layout, section.literals, which, advance)
     for index, split in enumerate(SPLITS):
         counts.rows[split] = _number(database.execute("SELECT count(*) FROM raw WHERE split = ?", [index]))
     if not counts.rows["train"]:
@@ -304,19 +297,27 @@ def _load_file(
     advance: Advance,
 ) -> int:
     dropped = position = 0
+    what = f"raw SELECT {split}, head, relation, tail"
+    waiting: list[pa.Table] = []
     for rows in read_rows(file, layout, literals=literals):
-        _insert(database, rows.names, f"raw SELECT {split}, head, relation, tail")
+        waiting.append(pa.table(rows.names))
+        if sum(map(len, waiting)) >= _INSERT_ROWS:
+            _insert(database, waiting, what)
         dropped += rows.literals_dropped
         advance(rows.position - position)
         position = rows.position
+    _insert(database, waiting, what)
     advance(file.path.stat().st_size - position)
     return dropped
 
 
-def _insert(database: duckdb.DuckDBPyConnection, columns: Mapping[str, pa.Array], what: str) -> None:
-    database.register("batch", pa.table(columns))
-    database.execute(f"INSERT INTO {what} FROM batch")
-    database.unregister("batch")
+def _insert(database: duckdb.DuckDBPyConnection, waiting: list[pa.Table], what: str) -> None:
+    """Insert all that waits, and empty the list."""
+    if waiting:
+        database.register("waiting", pa.concat_tables(waiting))
+        database.execute(f"INSERT INTO {what} FROM waiting")
+        database.unregister("waiting")
+        waiting.clear()
 
 
 # Names and triples out
@@ -421,7 +422,7 @@ def _write_types(
         roles = ", ".join(layout.roles)
         for rows in read_rows(file, layout):
             num_rows += len(rows.names["entity"])
-            _insert(database, rows.names, f"raw_types ({roles}) SELECT {roles}")
+            _insert(database, [pa.table(rows.names)], f"raw_types ({roles}) SELECT {roles}")
     known = "raw_types JOIN entities ON raw_types.entity = entities.name"
     num_unknown = num_rows - _number(database.execute(f"SELECT count(*) FROM {known}"))
     query = f"SELECT DISTINCT id, type, label FROM {known} ORDER BY id, type, label"

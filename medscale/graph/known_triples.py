@@ -107,9 +107,7 @@ class KnownTriples:
         found = place < len(index.queries)
         found[found] = index.queries[place[found]] == query[found]
         # Ids out of range could spell another query's number.
-        found &= (
-            (known >= 0) & (known < self._num_entities) & (relation >= 0) & (relation < self._num_relations)
-        )
+        found &= (known >= 0) & (known < self._num_entities) & (relation >= 0) & (relation < self._num_relations)
         place = np.where(found, place, 0)
         return np.where(found, index.offsets[place], 0), np.where(found, index.offsets[place + found], 0)
 

@@ -131,9 +131,7 @@ def _csv_batches(
         try:
             reader = pa_csv.open_csv(
                 stream,
-                read_options=pa_csv.ReadOptions(
-                    column_names=names, block_size=_BLOCK_BYTES, use_threads=False
-                ),
+                read_options=pa_csv.ReadOptions(column_names=names, block_size=_BLOCK_BYTES, use_threads=False),
                 parse_options=parse,
                 convert_options=convert,
             )
@@ -202,8 +200,7 @@ def _parquet(file: RawFile, layout: RawLayout, literals: str) -> Iterator[Rows]:
         for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=list(layout.columns)):
             done += batch.num_rows
             names = {
-                role: _as_names(batch.column(column))
-                for role, column in zip(layout.roles, layout.columns, strict=True)
+                role: _as_names(batch.column(column)) for role, column in zip(layout.roles, layout.columns, strict=True)
             }
             yield Rows(_checked(names), 0, size * done // total)
     if done != parquet.metadata.num_rows:
@@ -248,14 +245,12 @@ def _footer_problems(file: RawFile, layout: RawLayout) -> list[str]:
     with _opened(file) as parquet:
         schema, metadata = parquet.schema_arrow, parquet.metadata
     if not _is_consistent(metadata):
-        raise GraphError(f"{file.path}: its footer is damaged (row counts contradict each other); get it anew")
+        raise GraphError(f"{file.path}: its footer is damaged, its row counts disagree; get it anew")
     problems = [*_column_problems(file, layout, tuple(schema.names)), *_bomb_problems(file, metadata)]
     for role, column in zip(layout.roles, layout.columns, strict=True):
         if schema.names.count(column) == 1 and not _is_name_type(schema.field(column).type):
             kind = schema.field(column).type
-            problems.append(
-                f"{file.path}: column {column!r} for {role} is {kind}; strings or integers are needed"
-            )
+            problems.append(f"{file.path}: column {column!r} for {role} is {kind}; strings or integers are needed")
     return problems
 
 

@@ -67,9 +67,7 @@ class Graph:
                 triples[filled : filled + len(rows)] = rows
                 filled += len(rows)
         if filled != len(triples):
-            raise GraphError(
-                f"{self.directory}: {split} holds {filled} triples, its manifest says {len(triples)}"
-            )
+            raise GraphError(f"{self.directory}: {split} holds {filled} triples, its manifest says {len(triples)}")
         return triples
 
     def read_part(self, path: Path) -> Iterator[npt.NDArray[np.int64]]:
@@ -124,9 +122,7 @@ class Graph:
         table = pa.concat_tables([rows for path in paths for rows in _row_groups(path, TYPES_SCHEMA)])
         entities = table.column("entity").to_numpy()
         if len(entities) and not 0 <= entities.min() <= entities.max() < self.num_entities:
-            raise GraphError(
-                f"{self.directory / ENTITY_TYPES} names an entity out of range; prepare the graph anew"
-            )
+            raise GraphError(f"{self.directory / ENTITY_TYPES} names an entity out of range; prepare the graph anew")
         return table
 
     def _under(self, prefix: str) -> list[Path]:
@@ -156,9 +152,7 @@ def open_graph(directory: Path, *, verify: bool = True) -> Graph:
         verify_files(directory, manifest, GraphError)
     name, entities, relations, triples = _checked_facts(directory, manifest)
     identity = sha256_of(directory / MANIFEST)
-    return Graph(
-        directory, name, entities, relations, triples, identity, manifest.facts, tuple(sorted(manifest.files))
-    )
+    return Graph(directory, name, entities, relations, triples, identity, manifest.facts, tuple(sorted(manifest.files)))
 
 
 def _checked_facts(directory: Path, manifest: Manifest) -> tuple[str, int, int, dict[str, int]]:

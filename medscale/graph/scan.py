@@ -73,9 +73,7 @@ def read_header(file: RawFile) -> tuple[str, ...]:
     return ()
 
 
-def scan_rows(
-    file: RawFile, layout: RawLayout, literals: str = "keep"
-) -> Iterator[tuple[int, tuple[str, ...]]]:
+def scan_rows(file: RawFile, layout: RawLayout, literals: str = "keep") -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield (line number from 1, the fields in the order of the layout's roles) for each row of a text file.
 
     N-Triples yield head, relation, tail; with literals="drop" triples with a literal are passed over.
@@ -97,9 +95,7 @@ def _delimited_rows(file: RawFile, layout: RawLayout) -> Iterator[tuple[int, tup
     for number, line in _lines(file):
         fields = _fields(file, number, line)
         if len(fields) != len(names):
-            raise _wrong(
-                file, number, f"{len(fields)} fields where {len(names)} are expected ({', '.join(names)})"
-            )
+            raise _wrong(file, number, f"{len(fields)} fields where {len(names)} are expected ({', '.join(names)})")
         if not is_header:
             yield number, tuple(_checked(file, number, names[index], fields[index]) for index in wanted)
         is_header = False

@@ -48,9 +48,7 @@ ENTITIES, RELATIONS, ENTITY_TYPES = "entities", "relations.parquet", "entity_typ
 TRIPLE_COLUMNS = ("head", "relation", "tail")
 
 TRIPLES_SCHEMA = pa.schema([pa.field(name, pa.int64(), nullable=False) for name in TRIPLE_COLUMNS])
-NAMES_SCHEMA = pa.schema(
-    [pa.field("id", pa.int64(), nullable=False), pa.field("name", pa.string(), nullable=False)]
-)
+NAMES_SCHEMA = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("name", pa.string(), nullable=False)])
 TYPES_SCHEMA = pa.schema(
     [
         pa.field("entity", pa.int64(), nullable=False),

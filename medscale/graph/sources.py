@@ -80,9 +80,7 @@ _SET_THE_ROOT = "give the folder of the raw files with --data-dir or MEDSCALE_DA
 
 def _expand(pattern: str, data_root: Path, key: str) -> list[str]:
     if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise GraphError(
-            f"{key}: {pattern!r} leads out of the data root {data_root}; name files relative to it"
-        )
+        raise GraphError(f"{key}: {pattern!r} leads out of the data root {data_root}; name files relative to it")
     if (data_root / pattern).is_file():
         return [pattern]
     names = sorted(p.relative_to(data_root).as_posix() for p in data_root.glob(pattern) if p.is_file())

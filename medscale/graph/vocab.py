@@ -41,8 +41,7 @@ def number_names(
     written. Returns the number of names written.
     """
     database.execute(
-        f"CREATE TABLE {kind}_used AS "
-        f"SELECT name, bool_or(split = 0) AS seen FROM ({_USES[kind]}) GROUP BY name"
+        f"CREATE TABLE {kind}_used AS SELECT name, bool_or(split = 0) AS seen FROM ({_USES[kind]}) GROUP BY name"
     )
     database.execute(f"CREATE TABLE {kind} (id BIGINT, name VARCHAR, seen BOOLEAN)")
     order = "NOT seen, " if only_seen else ""
@@ -94,9 +93,7 @@ class Vocabulary:
         found = pc.index_in(wanted, value_set=self.names)
         if found.null_count:
             unknown = wanted.filter(pc.is_null(found)).to_pylist()
-            raise GraphError(
-                f"unknown {self._what}: {', '.join(map(repr, unknown[:5]))} ({len(unknown)} in all)"
-            )
+            raise GraphError(f"unknown {self._what}: {', '.join(map(repr, unknown[:5]))} ({len(unknown)} in all)")
         return np.asarray(found.cast(pa.int64()))
 
     def names_of(self, ids: npt.NDArray[np.int64]) -> list[str]:

@@ -32,7 +32,7 @@ def logits_of(section: LossSection, dims: tuple[int, ...], *, is_distance: bool,
     A distance grows with the number of units, so one margin for all prefixes leaves the small ones no room;
     gamma_i = gamma sqrt(d_i / d_n) with a_i = sqrt(d_n / d_i) does. Products cross 0 and need neither.
     """
-    sizes = torch.tensor(dims, dtype=torch.float32, device=device)
+    sizes = torch.tensor(dims, dtype=torch.get_default_dtype(), device=device)
     ratio, ones = (sizes / sizes[-1]).sqrt(), torch.ones_like(sizes)
     if not is_distance:
         return Logits(torch.zeros_like(sizes), ones)

@@ -16,9 +16,7 @@ def column_strengths(weights: Sequence[float], dims: Sequence[int], columns_per_
     """Return the strength [C] of each column from one weight, or one per level."""
     per_level = list(weights) * (len(dims) if len(weights) == 1 else 1)
     units = [b - a for a, b in zip([0, *dims[:-1]], dims, strict=True)]
-    return torch.tensor(per_level, dtype=torch.float32).repeat_interleave(
-        torch.tensor(units) * columns_per_unit
-    )
+    return torch.tensor(per_level, dtype=torch.get_default_dtype()).repeat_interleave(torch.tensor(units) * columns_per_unit)
 
 
 def row_penalties(rows_UC: Tensor, strengths_C: Tensor, kind: str, *, complex_units: bool) -> Tensor:
@@ -31,6 +29,6 @@ def row_penalties(rows_UC: Tensor, strengths_C: Tensor, kind: str, *, complex_un
         return rows_UC.square() @ strengths_C
     if complex_units:
         # modulus times square rather than a cubed norm: no pow, and no infinite gradient of a root at 0
-        squares_UD = rows_UC.square().unflatten(-1, (-1, 2)).sum(-1)
+        squares_UD: Tensor = rows_UC.square().unflatten(-1, (-1, 2)).sum(-1)
         return (squares_UD * (squares_UD + 1e-20).sqrt()) @ strengths_C[::2]
     return (rows_UC.abs() * rows_UC.square()) @ strengths_C

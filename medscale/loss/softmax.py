@@ -25,7 +25,8 @@ def target_log_probabilities(scores_QM: Tensor, bias_M: Tensor | None, targets: 
     Other answers of the same query stay in the partition function, as they would for single triples.
     """
     bias = scores_QM.new_zeros(()) if bias_M is None else bias_M
-    return cast(Tensor, _TargetLogProbabilities.apply(scores_QM, bias, targets.query_T, targets.candidate_T))
+    logs_T = _TargetLogProbabilities.apply(scores_QM, bias, targets.query_T, targets.candidate_T)  # type: ignore[no-untyped-call]
+    return cast(Tensor, logs_T)
 
 
 class _TargetLogProbabilities(torch.autograd.Function):
@@ -45,7 +46,7 @@ class _TargetLogProbabilities(torch.autograd.Function):
         return target_T - (largest_Q + sum_Q.log())[query_T]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient_T,) = gradients
         exponential_QM, sum_Q, query_T, candidate_T = ctx.saved_tensors
         gradient_Q = torch.zeros_like(sum_Q).index_add_(0, query_T, gradient_T)

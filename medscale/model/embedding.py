@@ -70,10 +70,19 @@ class EntityTable(nn.Module):
             for number, block in enumerate(layout.blocks)
         }
         plan = construct_module_sharding_plan(
-            collection, placement, sharder, local_size=world_size, world_size=world_size, device_type=device.type
+            collection,
+            placement,
+            sharder,
+            local_size=world_size,
+            world_size=world_size,
+            device_type=device.type,
         )
         self.sharded = DistributedModelParallel(
-            collection, device=device, plan=ShardingPlan({"": plan}), sharders=[sharder], init_data_parallel=False
+            collection,
+            device=device,
+            plan=ShardingPlan({"": plan}),
+            sharders=[sharder],
+            init_data_parallel=False,
         )
         self._require_fused_state()
 
@@ -118,9 +127,7 @@ class EntityTable(nn.Module):
                 yield block, shard.tensor
 
     def _require_fused_state(self) -> None:
-        missing = {block.name for block in self.layout.blocks} - {
-            key.split(".")[0] for key in self.optimizer_state()
-        }
+        missing = {block.name for block in self.layout.blocks} - {key.split(".")[0] for key in self.optimizer_state()}
         assert not missing, f"blocks {sorted(missing)} have no fused optimizer state and would never be updated"
 
 

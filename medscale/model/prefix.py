@@ -13,6 +13,7 @@ Shapes: X chunks of P positives (or queries) that share K candidates; C columns;
 sub-model first, [n, X, P, K], so that each sub-model's scores lie together.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,10 @@ class PrefixScan:
         `scale_XPC` is the scorer's factor on the candidates' columns, where it has one. More columns than
         the largest sub-model needs are ignored.
         """
-        query_XPC, candidates_XKC = query_XPC[..., : self.num_columns], candidates_XKC[..., : self.num_columns]
+        query_XPC, candidates_XKC = (
+            query_XPC[..., : self.num_columns],
+            candidates_XKC[..., : self.num_columns],
+        )
         if not self.scorer.is_distance:
             return torch.stack(self.product_scores(query_XPC, candidates_XKC))
         candidates_XPKC = candidates_XKC.unsqueeze(1)
@@ -70,9 +74,7 @@ class PrefixScan:
             stop = dim * self.scorer.unit_columns
             level_XPc = weighted_XPC[..., start:stop]
             level_XcK = candidates_XKC[..., start:stop].transpose(1, 2)
-            sums.append(
-                torch.baddbmm(sums[-1], level_XPc, level_XcK, beta=carry) if sums else level_XPc @ level_XcK
-            )
+            sums.append(torch.baddbmm(sums[-1], level_XPc, level_XcK, beta=carry) if sums else level_XPc @ level_XcK)
             start = stop
         return sums
 
@@ -117,7 +119,7 @@ def prefix_scan(
         damping ** (holder[next(b for b in boundaries if unit < b)] - level)
         for unit, level in zip(units, _levels(dims, units), strict=True)
     ]
-    carry = [0.0] + [damping ** (b - a) for a, b in zip(positions, positions[1:], strict=False)]
+    carry = [0.0] + [damping ** (b - a) for a, b in itertools.pairwise(positions)]
     return PrefixScan(
         scorer=scorer,
         dims=tuple(boundaries),

@@ -63,10 +63,7 @@ def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
                 raise ValueError(f"its header claims {length} bytes, of {size} in the file")
             header = file.read(length)
         places = _places(header, size - 8 - length)
-        return {
-            name: _map(path, 8 + length + start, dtype, shape)
-            for name, (start, dtype, shape) in places.items()
-        }
+        return {name: _map(path, 8 + length + start, dtype, shape) for name, (start, dtype, shape) in places.items()}
     except (OSError, ValueError, OverflowError) as cause:
         raise ExportError(f"{path} is not a sound safetensors file: {cause}") from None
 
@@ -93,10 +90,7 @@ def _places(header: bytes, data_bytes: int) -> dict[str, tuple[int, np.dtype[Any
         end = stop
     if end != data_bytes:
         raise ValueError(f"its tensors end at {end}, its data at {data_bytes}")
-    return {
-        name: (start, DTYPES[entries[name]["dtype"]], tuple(entries[name]["shape"]))
-        for (start, _), name in spans
-    }
+    return {name: (start, DTYPES[entries[name]["dtype"]], tuple(entries[name]["shape"])) for (start, _), name in spans}
 
 
 def _span(name: str, entry: Any) -> tuple[int, int]:

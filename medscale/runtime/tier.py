@@ -253,9 +253,7 @@ class Tier:
         """
         return self._best(self.score_tails(head, relation), k)
 
-    def top_k_heads(
-        self, relation: str | int, tail: str | int, k: int
-    ) -> tuple[list[str], NDArray[np.float32]]:
+    def top_k_heads(self, relation: str | int, tail: str | int, k: int) -> tuple[list[str], NDArray[np.float32]]:
         """Return the names and scores of the k best heads, best first; equal scores by id.
 
         Raises:
@@ -339,9 +337,7 @@ class _Files:
         vectors = self.tensors(name).get("vectors")
         if vectors is None or vectors.dtype != np.float32 or vectors.shape != shape:
             found = "no such tensor" if vectors is None else f"{vectors.dtype} {list(vectors.shape)}"
-            raise ExportError(
-                f"{self.directory / name}: 'vectors' should be float32 {list(shape)}, found {found}"
-            )
+            raise ExportError(f"{self.directory / name}: 'vectors' should be float32 {list(shape)}, found {found}")
         return vectors
 
     def names(self, what: str, number: int) -> NameTable:

@@ -1,0 +1,231 @@
+"""A step's loss against the paper written out: loops over sub-models and triples, in float64."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from toy import SCORERS, toy_job
+from torch import Tensor
+
+from medscale.batches.corruption import CorruptionBatch
+from medscale.batches.queries import QueryBatch
+from medscale.config import Job
+from medscale.graph.reader import Graph
+from medscale.model import reference
+from medscale.model.layout import Layout, layout_of
+from medscale.model.prefix import prefix_scan
+from medscale.objective import Objective
+from medscale.trainer import batches_of
+
+
+def in_float64(job: Job, layout: Layout) -> Objective:
+    torch.set_default_dtype(torch.float64)
+    try:
+        objective = Objective(job, layout, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    objective._scan_of = lambda chosen: prefix_scan(  # type: ignore[assignment]
+        layout.scorer, layout.dims, layout.damping, chosen, dtype=torch.float64
+    )
+    return objective
+
+
+def rows_for(layout: Layout, batch: CorruptionBatch | QueryBatch) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    rows = torch.randn(len(batch.entities_U), layout.num_columns, dtype=torch.float64)
+    return rows.requires_grad_(), torch.randn(
+        layout.num_relation_rows, layout.num_relation_columns, dtype=torch.float64
+    ).requires_grad_()
+
+
+def all_scores(
+    job: Job, layout: Layout, rows: Tensor, relations: Tensor, head: Tensor, relation: Tensor, tail: Tensor
+) -> Tensor:
+    columns = (layout.scorer.unit_columns, layout.scorer.relation_unit_columns)
+    return reference.sub_model_scores(
+        job.model.scorer,
+        job.model.norm,
+        layout.dims,
+        layout.damping,
+        columns,
+        rows[head],
+        relations[relation],
+        rows[tail],
+    )
+
+
+def plain_binary_loss(job: Job, layout: Layout, batch: CorruptionBatch, rows: Tensor, relations: Tensor) -> Tensor:
+    """Equations 2 to 6, one sub-model and one triple after the other."""
+    med, n, dims = job.med, len(layout.dims), layout.dims
+    num_positives = sum(c.num_positives for c in batch.corruptions)
+    hard, mutual = [torch.zeros((), dtype=torch.float64)] * n, [torch.zeros((), dtype=torch.float64)] * n
+
+    def logit(i: int, s: Tensor) -> Tensor:
+        ratio = math.sqrt(dims[i] / dims[-1])
+        if not layout.scorer.is_distance:
+            return s
+        margin = job.loss.margin * (ratio if job.loss.margin_scaling == "sqrt" else 1)
+        return (1 / ratio if job.loss.temperature == "sqrt" else 1) * (margin + s)
+
+    for c in batch.corruptions:
+        share = c.num_positives / num_positives
+
+        def triple(x: int, p: int, other: Tensor, c: Any = c) -> tuple[Tensor, Tensor, Tensor]:
+            known = c.known_XP[x, p]
+            return (known, c.relation_XP[x, p], other) if c.side == "tail" else (other, c.relation_XP[x, p], known)
+
+        positions = [(x, p) for x in range(c.known_XP.shape[0]) for p in range(c.known_XP.shape[1])]
+        positive = {
+            (x, p): all_scores(job, layout, rows, relations, *(t.view(1) for t in triple(x, p, c.target_XP[x, p])))[
+                :, 0
+            ]
+            for x, p in positions
+        }
+        negative = {
+            (x, p, k): all_scores(
+                job, layout, rows, relations, *(t.view(1) for t in triple(x, p, c.candidates_XK[x, k]))
+            )[:, 0]
+            for x, p in positions
+            for k in range(c.candidates_XK.shape[1])
+        }
+        kept = {key for key in negative if bool(c.keep_XPK[key])}
+        for i in range(n):
+            before = i - 1 if med.evolution == "previous" else i
+            even = med.evolution == "off" or (med.evolution == "previous" and i == 0)
+
+            def positive_exponent(s: Tensor, before: int = before, even: bool = even) -> Tensor:
+                if even:
+                    return torch.zeros((), dtype=torch.float64)
+                s = s[before].detach()
+                return med.w1 / s if med.form == "paper" else med.w1 * (1 - torch.sigmoid(logit(before, s)))
+
+            def negative_exponent(s: Tensor, before: int = before, even: bool = even) -> Tensor:
+                if even:
+                    return torch.zeros((), dtype=torch.float64)
+                s = s[before].detach()
+                return med.w2 * (s if med.form == "paper" else logit(before, s))
+
+            total = sum(torch.exp(positive_exponent(s)) for s in positive.values())
+            for s in positive.values():
+                weight = torch.exp(positive_exponent(s)) / total
+                hard[i] = hard[i] - share * weight * torch.log(torch.sigmoid(logit(i, s[i])))
+            even_count = even and med.evolution == "previous"
+            whole = sum(torch.exp(negative_exponent(negative[key])) for key in kept)
+            for x, p in positions:
+                own = [key for key in kept if key[:2] == (x, p)]
+                part = sum(torch.exp(negative_exponent(negative[key])) for key in own)
+                for key in own:
+                    norm = whole if med.normalize == "batch" or even_count else part * len(positions)
+                    weight = torch.exp(negative_exponent(negative[key])) / norm
+                    hard[i] = hard[i] - share * weight * torch.log(1 - torch.sigmoid(logit(i, negative[key][i])))
+            if i and med.mutual != "off":
+                everything = [*positive.values(), *negative.values()]
+                for s in everything:
+                    larger = logit(i, s[i]) if med.mutual == "both" else logit(i, s[i]).detach()
+                    gap = logit(i - 1, s[i - 1]) - larger
+                    size = torch.where(gap.abs() <= 1, gap**2 / 2, gap.abs() - 0.5)
+                    mutual[i] = mutual[i] + share * size / len(everything)
+    loss = sum(mutual[1:]) * med.mutual_weight
+    for i in range(n):
+        loss = loss + (math.exp(med.w3 * dims[i] / dims[-1]) if med.dynamic_weight else 1) * hard[i]
+    return loss  # type: ignore[return-value]
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"evolution": "previous"},
+    {"evolution": "previous", "normalize": "batch", "mutual": "both", "w1": 0.7, "w2": 0.4, "w3": 1.5},
+    {"evolution": "off", "mutual": "off", "dynamic_weight": False},
+]
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+def test_binary_losses_equal_the_paper_written_out(toy_graph: Graph, scorer: str, variant: int) -> None:
+    med = dict(VARIANTS[variant])
+    if scorer in ("transe", "pairre") and med.get("normalize") == "batch":
+        med["form"] = "paper"
+    job = toy_job(
+        scorer, med=med, loss={"kind": "bce"}, train={"batch_size": 6}, model={"dims": (2, 4, 5)},
+        negatives={"kind": ("chunk", "per_positive", "in_batch", "chunk")[variant], "number": 4, "chunk_size": 3},
+    )  # fmt: skip
+    layout = layout_of(job.model, toy_graph.num_entities, toy_graph.num_relations)
+    batch = batches_of(job, toy_graph).batch(0)
+    assert isinstance(batch, CorruptionBatch)
+    rows, relations = rows_for(layout, batch)
+    fast = in_float64(job, layout)(batch, rows, relations, 0).total
+    plain = plain_binary_loss(job, layout, batch, rows, relations)
+    torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
+    for one, other in zip(*(torch.autograd.grad(x, (rows, relations)) for x in (fast, plain)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scorer", ["simple", "complex", "distmult"])
+@pytest.mark.parametrize("evolution", ["off", "previous", "own"])
+@pytest.mark.parametrize("damping", [1.0, 0.5])
+@pytest.mark.parametrize("reciprocal", [False, True])
+def test_softmax_losses_equal_single_triples_written_out(
+    toy_graph: Graph, scorer: str, evolution: str, damping: float, reciprocal: bool
+) -> None:
+    job = toy_job(
+        scorer, med={"evolution": evolution, "mutual": "both"}, train={"batch_size": 5},
+        model={"dims": (2, 4, 5), "damping": damping, "reciprocal": reciprocal},
+        loss={"regularizer": "n3", "regularizer_weights": (0.1, 0.2, 0.3)},
+    )  # fmt: skip
+    layout = layout_of(job.model, toy_graph.num_entities, toy_graph.num_relations)
+    batch = batches_of(job, toy_graph).batch(1)
+    assert isinstance(batch, QueryBatch)
+    rows, relations = rows_for(layout, batch)
+    fast = in_float64(job, layout)(batch, rows, relations, 0).total
+
+    every = torch.arange(len(batch.entities_U))
+    logs = []
+    for q in range(len(batch.known_Q)):
+        known, relation = batch.known_Q[q].expand(len(every)), batch.relation_Q[q].expand(len(every))
+        head, tail = (known, every) if q < batch.num_tail_queries else (every, known)
+        scores = all_scores(job, layout, rows, relations, head, relation, tail)
+        logs.append(torch.log_softmax(scores if batch.bias_M is None else scores + batch.bias_M, 1))
+    log_nQM = torch.stack(logs, 1)
+    log_nT = log_nQM[:, batch.targets.query_T, batch.targets.candidate_T]
+    plain = torch.zeros((), dtype=torch.float64)
+    for i, dim in enumerate(layout.dims):
+        weights = torch.full_like(log_nT[i], 1 / log_nT.shape[1])
+        if evolution == "own" or (evolution == "previous" and i > 0):
+            evidence = log_nT[i if evolution == "own" else i - 1].detach().exp()
+            weights = torch.softmax(1 - evidence, 0)
+        plain = plain - math.exp(dim / layout.dims[-1]) * (weights * log_nT[i]).sum()
+        if i:
+            small, large = log_nQM[i - 1], log_nQM[i]
+            one = (large.detach().exp() * (large.detach() - small)).sum(1).mean()
+            plain = plain + one + (small.detach().exp() * (small.detach() - large)).sum(1).mean()
+    strength = torch.tensor([0.1, 0.1, 0.2, 0.2, 0.3], dtype=torch.float64)
+    for t in range(len(batch.targets.query_T)):
+        q = batch.targets.query_T[t]
+        parts = [rows[batch.known_Q[q]], relations[batch.relation_Q[q]], rows[batch.targets.candidate_T[t]]]
+        for part in parts:
+            if scorer == "complex":
+                cubes = part.view(-1, 2).norm(dim=1) ** 3 * strength
+            else:
+                cubes = part.abs() ** 3 * strength.repeat_interleave(layout.scorer.unit_columns)
+            plain = plain + cubes.sum() / len(batch.targets.query_T)
+    torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
+    for one, other in zip(*(torch.autograd.grad(x, (rows, relations)) for x in (fast, plain)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-8)
+
+
+def test_sampled_sub_models_are_some_of_all(toy_graph: Graph) -> None:
+    """Their hard losses are those of the full step; neighbours come from the full list."""
+    job = toy_job("transe", model={"dims": (2, 4, 6, 8, 12), "tiers": {"t": 12}}, med={"evolution": "previous"})
+    layout = layout_of(job.model, toy_graph.num_entities, toy_graph.num_relations)
+    batch = batches_of(job, toy_graph).batch(0)
+    rows, relations = rows_for(layout, batch)
+    whole = in_float64(job, layout)(batch, rows, relations, 0)
+    some_job = dataclasses.replace(job, med=dataclasses.replace(job.med, sub_models_per_step=3))
+    some = in_float64(some_job, layout)(batch, rows, relations, 0)
+    assert len(some.dims) == 3
+    for dim, loss in zip(some.dims, some.hard, strict=True):
+        torch.testing.assert_close(loss, whole.hard[layout.dims.index(dim)])
+    for dim, loss in zip(some.mutual_dims, some.mutual, strict=True):
+        torch.testing.assert_close(loss, whole.mutual[whole.mutual_dims.index(dim)])
