@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from medscale.config import ModelSection
 from medscale.errors import CheckpointError
@@ -88,23 +89,35 @@ def committed_steps(run_directory: Path) -> list[Path]:
 
 
 def save(run_directory: Path, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
-    """Commit `state` (tensors, sharded or not, nested in mappings) as the step that `facts` names."""
+    """Commit `state` (tensors, sharded or not, nested in mappings) as the step that `facts` names.
+
+    A step that is committed already is left as it is: the same step of the same run has the same tensors.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, say); the steps before it are untouched.
+
+    """
     folder = checkpoints_of(run_directory)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{facts['step']:09d}"
-    with staging_directory(final) as draft:
-        try:
+    if final.exists():
+        return final
+    try:
+        with staging_directory(final) as draft:
             dcp.save(dict(state), checkpoint_id=draft / _STATE)
-        except Exception as cause:
-            # DCP wraps whatever happens in a worker (a full disk, say) in an exception of its own.
-            raise CheckpointError(f"{final} could not be written: {cause}; the steps before it are whole") from cause
-        fault_point("after-shard")
-        try:
+            fault_point("after-shard")
             write_manifest(draft, "checkpoint", FORMAT, facts)
             commit_directory(draft, final)
-        except OSError as cause:
-            raise CheckpointError(f"{final} could not be written: {cause}; the steps before it are whole") from cause
+    except (OSError, CheckpointException) as cause:
+        raise CheckpointError(f"{final} could not be written: {_root_cause(cause)}; older steps are whole") from cause
     return final
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return what went wrong in words; DCP wraps each rank's error, with its traceback, in one of its own."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+    return str(error)
 
 
 def load(checkpoint: Checkpoint, state: dict[str, Any], *, collective: bool) -> None:
@@ -116,8 +129,8 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], *, collective: bool) -> 
     """
     try:
         dcp.load(state, checkpoint_id=checkpoint.directory / _STATE, no_dist=not collective)
-    except Exception as cause:
-        raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {cause}") from cause
+    except (CheckpointException, OSError, RuntimeError, ValueError) as cause:
+        raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {_root_cause(cause)}") from cause
 
 
 def verify(directory: Path) -> Checkpoint:

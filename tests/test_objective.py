@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy import SCORERS, toy_job
 from torch import Tensor
+from toy import SCORERS, toy_job
 
 from medscale.batches.corruption import CorruptionBatch
 from medscale.batches.queries import QueryBatch

@@ -15,8 +15,9 @@ __all__ = ["column_strengths", "row_penalties"]
 def column_strengths(weights: Sequence[float], dims: Sequence[int], columns_per_unit: int) -> Tensor:
     """Return the strength [C] of each column from one weight, or one per level."""
     per_level = list(weights) * (len(dims) if len(weights) == 1 else 1)
-    units = [b - a for a, b in zip([0, *dims[:-1]], dims, strict=True)]
-    return torch.tensor(per_level, dtype=torch.get_default_dtype()).repeat_interleave(torch.tensor(units) * columns_per_unit)
+    columns = [(b - a) * columns_per_unit for a, b in zip([0, *dims[:-1]], dims, strict=True)]
+    strengths = torch.tensor(per_level, dtype=torch.get_default_dtype())
+    return strengths.repeat_interleave(torch.tensor(columns))
 
 
 def row_penalties(rows_UC: Tensor, strengths_C: Tensor, kind: str, *, complex_units: bool) -> Tensor:
