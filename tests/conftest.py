@@ -4,9 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from toy import write_toy_graph
 
 from medscale.graph.reader import Graph
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small tensors are fastest on one thread, and a busy machine does not stall it."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import numpy as np
 
 from medscale.config import (
     CheckpointSection,
+    EvaluateSection,
     GraphSection,
     Job,
     LossSection,
@@ -15,6 +16,7 @@ from medscale.config import (
     ModelSection,
     NegativesSection,
     OptimizerSection,
+    RuntimeSection,
     TrainSection,
 )
 from medscale.graph.ingest import ingest
@@ -48,6 +50,8 @@ def toy_job(scorer: str = "complex", name: str = "toy", **changes: Any) -> Job:
         "optimizer": OptimizerSection(),
         "train": TrainSection(epochs=4, batch_size=50, validate_every=2, log_every=1),
         "checkpoint": CheckpointSection(every_steps=3),
+        "evaluate": EvaluateSection(),
+        "runtime": RuntimeSection(),
     }
     for section, keys in changes.items():
         sections[section] = dataclasses.replace(sections[section], **keys)
