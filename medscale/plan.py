@@ -21,6 +21,7 @@ from medscale.graph.reader import open_graph
 from medscale.graph.synthetic import RELATIONS, kind_sizes
 from medscale.jobfile import load_job
 from medscale.model.layout import Layout, layout_of
+from medscale.model.prefix import SLICE_NUMBERS
 from medscale.options import job_parser, run_command
 
 __all__ = ["GraphSize", "Plan", "main", "memory_limit", "plan", "require_fit", "size_of"]
@@ -115,17 +116,19 @@ def _graph_bytes(job: Job, size: GraphSize) -> int:
 def _batch_bytes(job: Job, layout: Layout) -> int:
     """The largest tensors of a step, forward and backward.
 
-    Binary losses hold [positives, negatives, columns] about six times over (candidates, difference, modulus and
-    their gradients); softmax holds [queries, candidates] three times per sub-model.
+    Binary losses hold the looked-up rows, every positive's query and candidates with their gradients, and scores
+    of all sub-models about six times over; softmax holds [queries, candidates] several times per sub-model.
     """
     train, negatives = job.train, job.negatives
     columns = layout.num_columns
     if job.loss.kind == "bce":
+        size = 1 if negatives.kind == "per_positive" else negatives.chunk_size
         number = negatives.chunk_size if negatives.kind == "in_batch" else negatives.number
         pairs = train.batch_size * number
-        rows = min(layout.num_entities, 2 * train.batch_size + pairs) * columns
-        scores = 6 * len(layout.dims) * pairs
-        return FLOAT * (6 * pairs * columns * (2 if layout.scorer.scale else 1) + 3 * rows + scores)
+        candidates = pairs // size
+        rows = min(layout.num_entities, 2 * train.batch_size + candidates)
+        gathered = 2 * candidates + 6 * train.batch_size
+        return FLOAT * ((3 * rows + gathered) * columns + 6 * len(layout.dims) * pairs + 8 * SLICE_NUMBERS)
     own = 3 * train.batch_size
     candidates = layout.num_entities if negatives.kind == "all" else min(layout.num_entities, own + negatives.number)
     scored = min(len(layout.dims), job.med.sub_models_per_step or len(layout.dims))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medscale.config import ModelSection
-from medscale.model import reference
+from medscale.model import prefix, reference
 from medscale.model.prefix import prefix_scan
 from medscale.model.scoring import Scorer, scorer_of
 
@@ -110,6 +110,21 @@ def test_skipping_sub_models_changes_no_score_of_the_others(name: str, norm: str
         for selected in itertools.combinations(range(4), size):
             some = prefix_scan(scorer, dims, damping, selected, dtype=torch.float64).scores(query, candidates, scale)
             torch.testing.assert_close(some, whole[list(selected)], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["transe", "rotate", "pairre"])
+def test_slices_of_any_size_give_the_same_scores_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = scorer_named(name, "l1")
+    rows = [r.requires_grad_() for r in random_rows(scorer, 6, 7, 2, 3, 1)]
+    whole = one_pass(scorer, (2, 6), 1.0, "tail", rows)
+    weights = torch.randn_like(whole)
+    expected = torch.autograd.grad((whole * weights).sum(), rows)
+    for numbers in (1, 100, 10_000):
+        monkeypatch.setattr(prefix, "SLICE_NUMBERS", numbers)
+        sliced = one_pass(scorer, (2, 6), 1.0, "tail", rows)
+        assert torch.equal(sliced, whole)
+        for one, other in zip(torch.autograd.grad((sliced * weights).sum(), rows), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_distance_gradients_at_zero_distance_are_finite() -> None:
