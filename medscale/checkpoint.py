@@ -7,6 +7,7 @@ round: manifest, sizes, hashes, and only then DCP, which would load flipped bits
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,7 +129,10 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], *, collective: bool) -> 
 
     """
     try:
-        dcp.load(state, checkpoint_id=checkpoint.directory / _STATE, no_dist=not collective)
+        with warnings.catch_warnings():
+            # DCP announces that it reads without a process group, which is what is asked of it.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            dcp.load(state, checkpoint_id=checkpoint.directory / _STATE, no_dist=not collective)
     except (CheckpointException, OSError, RuntimeError, ValueError) as cause:
         raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {_root_cause(cause)}") from cause
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medscale.batches.corruption import Corruption, CorruptionBatch
@@ -110,12 +111,12 @@ class Objective(torch.nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return (hard loss of each chosen sub-model, mutual loss of each pair) of one corruption."""
         scorer, med = self.layout.scorer, self.job.med
-        relation_XPC = relations_RC[c.relation_XP]
-        query_XPC = scorer.query(rows_UC[c.known_XP], relation_XPC, c.side)
+        relation_XPC = _gather(relations_RC, c.relation_XP)
+        query_XPC = scorer.query(_gather(rows_UC, c.known_XP), relation_XPC, c.side)
         scale_XPC = scorer.scale(relation_XPC, c.side) if scorer.scale else None
-        flat = (query_XPC.flatten(0, 1), rows_UC[c.target_XP.flatten()])
+        flat = (query_XPC.flatten(0, 1), _gather(rows_UC, c.target_XP.flatten()))
         positive_nR = scan.pair_scores(*flat, None if scale_XPC is None else scale_XPC.flatten(0, 1))
-        negative_nXPK = scan.scores(query_XPC, rows_UC[c.candidates_XK], scale_XPC)
+        negative_nXPK = scan.scores(query_XPC, _gather(rows_UC, c.candidates_XK), scale_XPC)
         logit_nR, logit_nXPK = self.logits(positive_nR), self.logits(negative_nXPK)
 
         w1, w2, _ = self.scaling()
@@ -179,7 +180,7 @@ class Objective(torch.nn.Module):
         return self._combine(hard, scan.dims, mutual, [scan.dims[b] for _, b in pairs], penalty)
 
     def _queries(self, batch: QueryBatch, rows_UC: Tensor, relations_RC: Tensor) -> Tensor:
-        known_QC, relation_QR = rows_UC[batch.known_Q], relations_RC[batch.relation_Q]
+        known_QC, relation_QR = _gather(rows_UC, batch.known_Q), _gather(relations_RC, batch.relation_Q)
         split = batch.num_tail_queries
         if split == len(known_QC):
             return self.layout.scorer.query(known_QC, relation_QR, "tail")
@@ -225,7 +226,9 @@ class Objective(torch.nn.Module):
         is_complex = scorer.name in ("complex", "rotate")
         entity_U = row_penalties(rows_UC, self.strengths, kind, complex_units=is_complex)
         relation_R = row_penalties(relations_RC, self.relation_strengths, kind, complex_units=scorer.name == "complex")
-        return (entity_U[known] + relation_R[relation] + entity_U[target]).mean()
+        return (
+            entity_U.index_select(0, known) + relation_R.index_select(0, relation) + entity_U.index_select(0, target)
+        ).mean()
 
     def _chosen(self, step: int) -> list[int]:
         """Return the sub-models of a step: all, or a seeded sample with the smallest and the largest.
@@ -246,6 +249,15 @@ class Objective(torch.nn.Module):
 
     def _make_scan(self, chosen: tuple[int, ...]) -> PrefixScan:
         return prefix_scan(self.layout.scorer, self.layout.dims, self.layout.damping, chosen, device=self.device)
+
+
+def _gather(rows_UC: Tensor, positions: Tensor) -> Tensor:
+    """Return rows [..., C] at positions [...].
+
+    Indexing would do, but on several CPU threads its backward pass adds to repeated rows in any order; that of a
+    look-up adds in order, so runs repeat bit for bit.
+    """
+    return F.embedding(positions, rows_UC)
 
 
 def _first_even(weights: Tensor, keep: Tensor | None = None) -> Tensor:

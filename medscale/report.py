@@ -16,6 +16,7 @@ from rich.table import Table
 
 from medscale.config import Job
 from medscale.errors import ExportError, MedscaleError
+from medscale.evaluate import PROTOCOL
 from medscale.jobfile import load_job
 from medscale.manifest import MANIFEST, read_manifest
 from medscale.options import job_parser, run_command
@@ -27,7 +28,6 @@ __all__ = ["TierLine", "main", "report", "tiers_table"]
 LOOKUPS = 1000
 #: the look-ups are timed this often; the median counts
 ROUNDS = 5
-PROTOCOL = "filtered, both sides, realistic ties, all entities as candidates"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def tiers_table(name: str, lines: Sequence[TierLine]) -> Table:
     table = Table(
         title=name,
         box=SIMPLE_HEAD,  # nine columns in the 80 characters of a log
-        caption=f"{queries}: {PROTOCOL}. dim: columns stored per entity; units: dim as the job counts it.",
+        caption=f"{queries}, both sides: {PROTOCOL}. dim: columns stored per entity; units: dim as the job counts it.",
     )
     table.add_column("tier")
     for heading in ("dim", "units", "MRR", "Hits@1", "Hits@3", "Hits@10", "bytes", "ms per 1000 look-ups"):

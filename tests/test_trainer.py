@@ -166,6 +166,32 @@ def test_every_scorer_learns_the_ring_at_every_dim(toy_graph: Graph, tmp_path: P
     assert mrr[-1] > 0.5, mrr
 
 
+@pytest.mark.parametrize("scorer", ["transe", "complex"])
+def test_two_threads_repeat_a_run_bit_for_bit(toy_graph: Graph, scorer: str) -> None:
+    """Large enough batches that torch splits them between threads, with many repeated rows."""
+    job = toy_job(
+        scorer, model={"dims": (32, 256), "tiers": {"t": 256}}, train={"batch_size": 200}, med={"mutual": "both"},
+        negatives={"number": 40}, optimizer={"kind": "adagrad"},
+        loss={"regularizer": "n3", "regularizer_weights": (0.1,)},
+    )  # fmt: skip
+    torch.set_num_threads(2)
+    ends = []
+    try:
+        for _ in range(3):
+            with process_group(torch.device("cpu")):
+                trainer = Trainer(job, toy_graph, Path("unused"), torch.device("cpu"))
+                trainer.initialise()
+                for step in range(6):
+                    trainer.train_step(trainer.batches.batch(step))
+                ends.append(
+                    [*(b.clone() for b in trainer.table.local_rows().blocks), trainer.relations.detach().clone()]
+                )
+    finally:
+        torch.set_num_threads(1)
+    for other in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
+
+
 def test_early_stopping_keeps_the_best_step_for_evaluation(toy_graph: Graph, tmp_path: Path) -> None:
     job = quick_job(train={"epochs": 200, "validate_every": 1, "patience": 3}, optimizer={"lr": 0.5})
     outcome, _ = train(job, toy_graph, tmp_path)

@@ -5,6 +5,7 @@ the faster one and the only one that takes mixed widths. The optimizer of the bl
 backward pass (FBGEMM). World size 1 runs through DistributedModelParallel like any other.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from medscale.model.layout import Block, Layout
 from medscale.seed import generator
 
 __all__ = ["EntityTable", "TableRows", "initial_relations"]
+
+# TorchRec's sharded modules ask torch.fx whether they are being traced, which warns at every first look-up.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 _FEATURE = "entity"
 #: rows drawn at once while a table is initialised; part of what a seed means

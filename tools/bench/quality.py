@@ -29,7 +29,8 @@ LIBRARIES = ("torch", "torchrec", "fbgemm-gpu", "numpy", "pyarrow", "medscale")
 
 def environment(cores: list[int], command: list[str]) -> dict[str, Any]:
     """Return what a figure depends on beside the code."""
-    models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": models[0] if models else platform.processor(),
