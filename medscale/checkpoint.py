@@ -291,7 +291,7 @@ def layout_facts(layout: Layout, norm: str) -> dict[str, Any]:
         "norm": norm,
         "dims": list(layout.dims),
         "tiers": dict(layout.tiers),
-        "damping": layout.damping,
+        "damping": list(layout.damping),
         "reciprocal": layout.reciprocal,
         "num_entities": layout.num_entities,
         "num_relations": layout.num_relations,
@@ -308,7 +308,7 @@ def layout_from_facts(facts: Mapping[str, Any]) -> Layout:
         dims=tuple(facts["dims"]),
         tiers=facts["tiers"],
         reciprocal=facts["reciprocal"],
-        damping=facts["damping"],
+        damping=tuple(facts["damping"]) or (1.0,),
     )
     return layout_of(section, facts["num_entities"], facts["num_relations"])
 

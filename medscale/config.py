@@ -114,10 +114,10 @@ class ModelSection:
         "a second vector per relation for its inverse: tails are predicted with the relation, heads with the "
         "inverse, and a triple's score is the mean of both",
     )
-    damping: float = key(
-        1.0,
-        "kappa: a sub-model's score = its own level's + kappa x the score of the one below; "
-        "below 1 needs at most 8 sub-models",
+    damping: tuple[float, ...] = key(
+        (1.0,),
+        "kappa: a sub-model's score = its own level's + kappa x the score of the one below; one for all levels, or one "
+        "per level above the first; below 1 needs at most 8 sub-models",
         above=0,
         maximum=1,
     )
@@ -364,13 +364,15 @@ def _model_conflicts(model: ModelSection) -> Iterator[tuple[str, str]]:
     for name, dim in model.tiers.items():
         if dim not in model.dims:
             yield f"model.tiers.{name}", f"{dim} is not one of model.dims {_short(model.dims)}"
-    if model.damping < 1 and len(model.dims) > 8:
+    if len(model.damping) not in (1, len(model.dims) - 1):
         yield (
             "model.damping",
-            (
-                f"{model.damping} with {len(model.dims)} sub-models wipes the first ones out "
-                f"({model.damping}^{len(model.dims) - 1}); use 1, or at most 8 dims"
-            ),
+            f"has {len(model.damping)} values; give 1, or {len(model.dims) - 1} (levels above the first)",
+        )
+    if min(model.damping, default=1) < 1 and len(model.dims) > 8:
+        yield (
+            "model.damping",
+            (f"below 1 with {len(model.dims)} sub-models wipes the first ones out; use 1, or at most 8 dims"),
         )
     if model.norm != "l1" and model.scorer != "transe":
         yield "model.norm", f"is for transe; {model.scorer} has its own"

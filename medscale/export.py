@@ -121,7 +121,7 @@ def _model_facts(job: Job, tables: Tables) -> ModelFacts:
         graph_sha256=facts["graph_sha256"],
         scorer=facts["scorer"],
         norm=facts["norm"],
-        damping=facts["damping"],
+        damping=tuple(facts["damping"]),
         dims=tuple(facts["dims"]),
         reciprocal=facts["reciprocal"],
     )

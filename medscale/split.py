@@ -68,7 +68,8 @@ class ModelFacts:
     graph_sha256: str
     scorer: str
     norm: str
-    damping: float
+    #: kappa of each level above the first: s_i = B_i + kappa_i s_(i-1)
+    damping: tuple[float, ...]
     #: units of each sub-model, increasing
     dims: tuple[int, ...]
     reciprocal: bool
@@ -247,11 +248,13 @@ class _Export:
 
     def _tier_facts(self, name: str, dim: int) -> dict[str, Any]:
         entity_unit, relation_unit = self.scorer.entity_unit, self.scorer.relation_unit
+        levels = [d for d in self.facts.dims if d <= dim]
         return asdict(self.facts) | {
             "tier": name,
             "dim": dim,
             "tiers": dict(self.tiers),
-            "dims": [d for d in self.facts.dims if d <= dim],
+            "dims": levels,
+            "damping": list(self.facts.damping[: len(levels) - 1]),
             "units": {"entity": list(entity_unit), "relation": list(relation_unit)},
             "unit_columns": len(entity_unit),
             "relation_unit_columns": len(relation_unit),

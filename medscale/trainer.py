@@ -22,7 +22,7 @@ from medscale.batches.corruption import CorruptionBatch, CorruptionBatches
 from medscale.batches.queries import QueryBatch, QueryBatches, query_table
 from medscale.checkpoint import Checkpoint, changed_keys, layout_facts, load, retain, save
 from medscale.config import Job
-from medscale.errors import CheckpointError, NonFiniteError
+from medscale.errors import CheckpointError, GraphError, NonFiniteError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
 from medscale.jobfile import job_to_mapping
@@ -73,6 +73,7 @@ class Trainer:
         self.optimizers = Optimizers(
             job.optimizer, self.table, self.relations, self.objective.scaling.values, job.med.weights_lr
         )
+        self.validate_every = _validate_every(job, graph)
         self.batches = batches_of(job, graph)
         self.total_steps = job.train.epochs * self.batches.steps_per_epoch
         self.progress = Progress()
@@ -130,7 +131,7 @@ class Trainer:
                     run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1)})
                     display.update(step, rate, terms.means())
                     clock, trained = time.monotonic(), 0.0
-                if self._due(self.job.train.validate_every * steps_per_epoch):
+                if self._due(self.validate_every * steps_per_epoch):
                     display.validated(*self._validate(run_log))
                     clock, trained = time.monotonic(), 0.0
                 if self._save_due():
@@ -244,10 +245,10 @@ class Trainer:
         return every > 0 and self.progress.step % every == 0
 
     def _save_due(self) -> bool:
-        train, steps_per_epoch = self.job.train, self.batches.steps_per_epoch
-        if self.progress.step == self.total_steps or self._due(train.validate_every * steps_per_epoch):
+        steps_per_epoch = self.batches.steps_per_epoch
+        if self.progress.step == self.total_steps or self._due(self.validate_every * steps_per_epoch):
             return True
-        return self._due(self.job.checkpoint.every_steps or (0 if train.validate_every else steps_per_epoch))
+        return self._due(self.job.checkpoint.every_steps or (0 if self.validate_every else steps_per_epoch))
 
     def _stale(self) -> bool:
         patience = self.job.train.patience
@@ -271,9 +272,35 @@ class Trainer:
                 signal.signal(number, handler)
 
 
+def _validate_every(job: Job, graph: Graph) -> int:
+    """Return the epochs between validations; 0 where there is nothing to validate on.
+
+    Raises:
+        GraphError: the job wants to stop early, but no triple can tell when.
+
+    """
+    if graph.num_triples["valid"]:
+        return job.train.validate_every
+    if job.train.patience is not None:
+        raise GraphError(
+            f"{graph.directory} has no validation triples, which train.patience needs; give graph.valid, or "
+            "graph.valid_fraction"
+        )
+    if job.train.validate_every:
+        log(f"{graph.name} has no validation triples: training goes on without validating")
+    return 0
+
+
 def batches_of(job: Job, graph: Graph) -> CorruptionBatches | QueryBatches:
-    """Return the batches that a job's loss trains on."""
+    """Return the batches that a job's loss trains on.
+
+    Raises:
+        GraphError: there are no training triples.
+
+    """
     triples = graph.triples("train")
+    if not len(triples):
+        raise GraphError(f"{graph.directory} has no training triples")
     if job.loss.kind == "softmax":
         table = query_table(
             triples, graph.num_relations, reciprocal=job.model.reciprocal, max_tails=job.train.max_tails

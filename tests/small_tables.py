@@ -54,7 +54,7 @@ def model_facts(scorer: str = "transe", norm: str = "l1", **changes: object) -> 
     """Return the facts of a model with three sub-models."""
     defaults: dict[str, object] = {
         "run": "small", "step": 40, "graph": "umls", "graph_sha256": "0" * 64, "scorer": scorer, "norm": norm,
-        "damping": 1.0, "dims": (3, 5, 12), "reciprocal": False,
+        "damping": (1.0, 1.0), "dims": (3, 5, 12), "reciprocal": False,
     }  # fmt: skip
     return ModelFacts(**(defaults | changes))  # type: ignore[arg-type]
 
@@ -75,14 +75,16 @@ def plain_score(
     """Return one triple's score at `dim` units, unit by unit in float64, and the size of what it sums up."""
     u, v = UNIT_COLUMNS[facts.scorer], RELATION_UNIT_COLUMNS[facts.scorer]
     total, size, start = 0.0, 0.0, 0
-    for stop in [d for d in facts.dims if d <= dim]:
+    for kappa, stop in zip((1.0, *facts.damping), facts.dims, strict=True):
+        if stop > dim:
+            break
         level = 0.0
         for unit in range(start, stop):
             h, t = ([float(x) for x in row[unit * u : (unit + 1) * u]] for row in (head, tail))
             r = [float(x) for x in relation[unit * v : (unit + 1) * v]]
             level += _unit_score(facts.scorer, facts.norm, h, r, t)
             size += sum(abs(x) for x in (*h, *r, *t)) * max(1.0, *(abs(x) for x in (*h, *r, *t))) ** 2
-        total = level + facts.damping * total
+        total = level + kappa * total
         start = stop
     return (-math.sqrt(-total) if facts.norm == "l2" else total), size
 

@@ -23,7 +23,7 @@ from medscale.runtime import Tier
 JOB = """
 name: ring
 graph: {train: [train.tsv], valid: [valid.tsv], test: [test.tsv]}
-model: {scorer: complex, reciprocal: true, dims: [4, 8, 16], damping: 0.5, tiers: {phone: 4, server: 16}}
+model: {scorer: complex, reciprocal: true, dims: [4, 8, 16], damping: [0.5], tiers: {phone: 4, server: 16}}
 negatives: {kind: all}
 loss: {kind: softmax}
 optimizer: {kind: adagrad, lr: 0.1}

@@ -164,10 +164,10 @@ def test_binary_losses_equal_the_paper_written_out(toy_graph: Graph, scorer: str
 
 @pytest.mark.parametrize("scorer", ["simple", "complex", "distmult"])
 @pytest.mark.parametrize("evolution", ["off", "previous", "own"])
-@pytest.mark.parametrize("damping", [1.0, 0.5])
+@pytest.mark.parametrize("damping", [(1.0,), (0.5, 0.25)])
 @pytest.mark.parametrize("reciprocal", [False, True])
 def test_softmax_losses_equal_single_triples_written_out(
-    toy_graph: Graph, scorer: str, evolution: str, damping: float, reciprocal: bool
+    toy_graph: Graph, scorer: str, evolution: str, damping: tuple[float, ...], reciprocal: bool
 ) -> None:
     job = toy_job(
         scorer, med={"evolution": evolution, "mutual": "both"}, train={"batch_size": 5},

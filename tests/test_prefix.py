@@ -38,9 +38,14 @@ def random_rows(
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
+def kappas(dims: tuple[int, ...], damping: float) -> list[float]:
+    """Return a kappa per level above the first: all 1, or each another one."""
+    return [1.0 if damping == 1 else damping + 0.1 * level for level in range(len(dims) - 1)]
+
+
 def one_pass(scorer: Scorer, dims: tuple[int, ...], damping: float, side: str, rows: list[Tensor]) -> Tensor:
     known_XPC, relation_XPC, candidates_XKC = rows
-    scan = prefix_scan(scorer, dims, damping, dtype=known_XPC.dtype)
+    scan = prefix_scan(scorer, dims, kappas(dims, damping), dtype=known_XPC.dtype)
     scale_XPC = scorer.scale(relation_XPC, side) if scorer.scale else None
     return scan.scores(scorer.query(known_XPC, relation_XPC, side), candidates_XKC, scale_XPC)
 
@@ -57,7 +62,7 @@ def one_by_one(
     candidate = candidates_XKC.unsqueeze(1).expand(-1, num_positives, -1, -1).flatten(0, 2)
     head, tail = (known, candidate) if side == "tail" else (candidate, known)
     columns = (scorer.unit_columns, scorer.relation_unit_columns)
-    scores = reference.sub_model_scores(name, norm, dims, damping, columns, head, relation, tail)
+    scores = reference.sub_model_scores(name, norm, dims, kappas(dims, damping), columns, head, relation, tail)
     return scores.unflatten(1, (num_chunks, num_positives, num_candidates))
 
 
@@ -105,10 +110,12 @@ def test_skipping_sub_models_changes_no_score_of_the_others(name: str, norm: str
     known, relation, candidates = random_rows(scorer, 12, 1, 3, 4, 7)
     query = scorer.query(known, relation, "tail")
     scale = scorer.scale(relation, "tail") if scorer.scale else None
-    whole = prefix_scan(scorer, dims, damping, dtype=torch.float64).scores(query, candidates, scale)
+    whole = prefix_scan(scorer, dims, kappas(dims, damping), dtype=torch.float64).scores(query, candidates, scale)
     for size in (1, 2, 3):
         for selected in itertools.combinations(range(4), size):
-            some = prefix_scan(scorer, dims, damping, selected, dtype=torch.float64).scores(query, candidates, scale)
+            some = prefix_scan(scorer, dims, kappas(dims, damping), selected, dtype=torch.float64).scores(
+                query, candidates, scale
+            )
             torch.testing.assert_close(some, whole[list(selected)], rtol=1e-10, atol=1e-10)
 
 

@@ -69,7 +69,8 @@ def naive_scores(
 def test_ranks_equal_a_loop_over_entities(scorer: str, reciprocal: bool) -> None:
     name, norm = ("transe", "l2") if scorer == "transe_l2" else (scorer, "l1")
     job = toy_job(
-        name, model={"norm": norm, "reciprocal": reciprocal, "damping": 0.5, "dims": (2, 3, 6), "tiers": {"t": 6}}
+        name,
+        model={"norm": norm, "reciprocal": reciprocal, "damping": (0.5, 0.25), "dims": (2, 3, 6), "tiers": {"t": 6}},
     )
     layout = layout_of(job.model, NUM_ENTITIES, NUM_RELATIONS)
     rows, relations = tables_for(layout)

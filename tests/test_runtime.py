@@ -38,7 +38,7 @@ TIERS = {"phone": 3, "pc": 5, "server": 12}
 @pytest.fixture(scope="module")
 def phone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of one small exported tier; tests that damage it copy it first."""
-    facts = model_facts("complex", damping=0.5, reciprocal=True)
+    facts = model_facts("complex", damping=(0.5, 0.25), reciprocal=True)
     directory = tmp_path_factory.mktemp("run") / "export"
     export(directory, facts, small_tables(facts, 50, 4), TIERS, shard_rows=20)
     return directory / "phone"
@@ -59,10 +59,10 @@ def rewrite_manifest(directory: Path, **facts: object) -> None:
 
 
 @pytest.mark.parametrize(("scorer", "norm"), SCORERS)
-@pytest.mark.parametrize("damping", [1.0, 0.5])
+@pytest.mark.parametrize("damping", [(1.0, 1.0), (0.5, 0.25)])
 @pytest.mark.parametrize("reciprocal", [False, True])
 def test_scores_are_those_of_the_model_cropped(
-    tmp_path: Path, data_dir: Path, scorer: str, norm: str, damping: float, reciprocal: bool
+    tmp_path: Path, data_dir: Path, scorer: str, norm: str, damping: tuple[float, ...], reciprocal: bool
 ) -> None:
     lines = (data_dir / "umls" / "train.tsv").read_text().splitlines()
     rows = [line.split("\t") for line in lines]
@@ -114,7 +114,7 @@ def test_a_crop_scores_like_a_plain_float64_loop(
     tmp_path_factory: pytest.TempPathFactory,
     scorer: tuple[str, str], dims: tuple[int, ...], damping: float, cut: int, seed: int,
 ) -> None:  # fmt: skip
-    facts = model_facts(*scorer, dims=dims, damping=damping)
+    facts = model_facts(*scorer, dims=dims, damping=(damping,) * (len(dims) - 1))
     tables = small_tables(facts, 7, 2, seed)
     dim = dims[cut % len(dims)]
     directory = tmp_path_factory.mktemp("run") / "export"
@@ -168,7 +168,7 @@ def test_vectors_and_facts(tmp_path: Path) -> None:
     export(tmp_path / "export", facts, tables, TIERS, shard_rows=10)
     tier = Tier.open(tmp_path / "export" / "pc")
     assert (tier.name, tier.dim, tier.columns, tier.scorer) == ("pc", 5, 10, "simple")
-    assert (tier.num_entities, tier.num_relations, tier.damping, tier.reciprocal) == (45, 3, 1.0, False)
+    assert (tier.num_entities, tier.num_relations, tier.damping, tier.reciprocal) == (45, 3, (1.0,), False)
     assert tier.facts["tiers"] == TIERS
     assert tier.facts["dims"] == [3, 5]
     for i in range(45):
@@ -326,8 +326,9 @@ def test_missing_extra_cut_and_swapped_files_are_named(copy: Path) -> None:
         ("scorer", "transe"),
         ("norm", "l2"),
         ("norm", None),
-        ("damping", 0),
-        ("damping", 1.5),
+        ("damping", 0.5),
+        ("damping", [0.5]),
+        ("damping", [1.5]),
         ("damping", "0.5"),
         ("damping", None),
         ("dims", []),

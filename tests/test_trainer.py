@@ -16,7 +16,7 @@ from toy import SCORERS, toy_job
 from medscale.checkpoint import committed_steps, newest_checkpoint, open_tables
 from medscale.config import Job, OptimizerSection
 from medscale.distributed import process_group
-from medscale.errors import CheckpointError, NonFiniteError, UnsupportedError
+from medscale.errors import CheckpointError, GraphError, NonFiniteError, UnsupportedError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
 from medscale.optimizer import fused_optimizer, learning_rate_factor
@@ -218,6 +218,22 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_tier_and_term(toy_g
         for one, other in zip(before, trainer.table.local_rows().blocks, strict=True):
             assert torch.equal(one, other)
         assert trainer.progress.step == 0
+
+
+@pytest.mark.parametrize("scorer", ["transe", "complex"])
+def test_one_sub_model_and_a_batch_larger_than_the_graph_train(toy_graph: Graph, tmp_path: Path, scorer: str) -> None:
+    job = quick_job(scorer, model={"dims": (5,), "tiers": {"t": 5}}, train={"batch_size": 1000, "epochs": 2})
+    assert train(job, toy_graph, tmp_path)[0] is Outcome.FINISHED
+
+
+def test_without_validation_triples_training_goes_on_unless_it_must_know_when_to_stop(
+    toy_graph: Graph, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bare = dataclasses.replace(toy_graph, num_triples={**toy_graph.num_triples, "valid": 0})
+    assert train(quick_job(), bare, tmp_path / "one")[0] is Outcome.FINISHED
+    assert "without validating" in capfd.readouterr().err
+    with pytest.raises(GraphError, match=r"train\.patience"):
+        train(quick_job(train={"patience": 2}), bare, tmp_path / "two")
 
 
 def test_another_graph_is_refused(toy_graph: Graph, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class Layout:
     #: relations of the graph; the table has twice as many rows with `reciprocal`
     num_relations: int
     reciprocal: bool
-    #: kappa: s_i = B_i + kappa s_(i-1)
-    damping: float
+    #: kappa of each level above the first: s_i = B_i + kappa_i s_(i-1)
+    damping: tuple[float, ...]
 
     @property
     def num_columns(self) -> int:
@@ -81,5 +81,5 @@ def layout_of(section: ModelSection, num_entities: int, num_relations: int) -> L
         num_entities=num_entities,
         num_relations=num_relations,
         reciprocal=section.reciprocal,
-        damping=section.damping,
+        damping=section.damping * (len(section.dims) - 1) if len(section.damping) == 1 else section.damping,
     )

@@ -2,7 +2,7 @@
 
 A score is a sum over units, so sub-model i's score is a partial sum of the largest one's:
 
-    s_i = B_i + kappa s_(i-1),   B_j = level j's own sum,   kappa = 1 (or the damping)
+    s_i = B_i + kappa s_(i-1),   B_j = level j's own sum,   kappa = 1 (or the level's damping)
 
 Distances: sums over groups of units (the largest group size that divides every boundary), then one small
 product with the constant matrix of group weights kappa^(i - level). Products: one matrix product per level,
@@ -104,7 +104,7 @@ class PrefixScan:
 def prefix_scan(
     scorer: Scorer,
     dims: Sequence[int],
-    damping: float = 1.0,
+    damping: Sequence[float] | None = None,
     selected: Sequence[int] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -112,24 +112,26 @@ def prefix_scan(
 ) -> PrefixScan:
     """Return the scan over all sub-models of `dims`, or over those at the `selected` positions only.
 
-    Skipping a sub-model changes no score of the others: their damping counts the levels of the full list.
+    `damping` is the kappa of each level above the first (none: 1). Skipping a sub-model changes no score of the
+    others: their damping counts the levels of the full list.
     """
+    kappas = [1.0] * (len(dims) - 1) if damping is None else list(damping)
+    assert len(kappas) == len(dims) - 1, (len(kappas), len(dims))
+
+    def weight(level: int, sub_model: int) -> float:
+        """Return how much a level's own sum counts in a sub-model's score."""
+        return math.prod(kappas[level:sub_model])
+
     positions = list(range(len(dims))) if selected is None else list(selected)
     boundaries = [dims[i] for i in positions]
     # levels matter only where they are damped apart; a common divisor keeps groups inside levels
-    size = math.gcd(*(dims if damping < 1 else boundaries))
-    group_level_G = _levels(dims, range(0, boundaries[-1], size))
-    weights = [
-        [damping ** (i - level) if unit < dims[i] else 0.0 for i in positions]
-        for level, unit in zip(group_level_G, range(0, boundaries[-1], size), strict=True)
-    ]
-    holder = dict(zip(boundaries, positions, strict=True))
+    size = math.gcd(*(dims if min(kappas, default=1) < 1 else boundaries))
     units = range(boundaries[-1])
-    column_weights = [
-        damping ** (holder[next(b for b in boundaries if unit < b)] - level)
-        for unit, level in zip(units, _levels(dims, units), strict=True)
-    ]
-    carry = [0.0] + [damping ** (b - a) for a, b in itertools.pairwise(positions)]
+    level_of = _levels(dims, units)
+    weights = [[weight(level_of[u], i) if u < dims[i] else 0.0 for i in positions] for u in units[::size]]
+    holder = [positions[next(p for p, b in enumerate(boundaries) if unit < b)] for unit in units]
+    column_weights = [weight(level, i) for level, i in zip(level_of, holder, strict=True)]
+    carry = [0.0] + [weight(a, b) for a, b in itertools.pairwise(positions)]
     return PrefixScan(
         scorer=scorer,
         dims=tuple(boundaries),

@@ -55,14 +55,15 @@ def level_sums(
 
 
 def sub_model_scores(
-    scorer: str, norm: str, dims: Sequence[int], damping: float, columns: tuple[int, int],
+    scorer: str, norm: str, dims: Sequence[int], damping: Sequence[float], columns: tuple[int, int],
     head_BC: Tensor, relation_BR: Tensor, tail_BC: Tensor,
 ) -> Tensor:  # fmt: skip
     """Return scores [n, B] of every sub-model, one after the other.
 
-    Without damping each sub-model is the plain scorer on the crop; with it, s_i = B_i + kappa s_(i-1).
+    Without damping each sub-model is the plain scorer on the crop; with it, s_i = B_i + kappa_i s_(i-1),
+    kappa_2 .. kappa_n.
     """
-    if damping == 1:
+    if all(kappa == 1 for kappa in damping):
         entity, relation = columns
         return torch.stack([
             score_triples(
@@ -71,8 +72,9 @@ def sub_model_scores(
             for d in dims
         ])  # fmt: skip
     scores = [torch.zeros_like(head_BC[:, 0])]
-    for own in level_sums(scorer, norm, dims, columns, head_BC, relation_BR, tail_BC):
-        scores.append(own + damping * scores[-1])
+    own_sums = level_sums(scorer, norm, dims, columns, head_BC, relation_BR, tail_BC)
+    for kappa, own in zip((1.0, *damping), own_sums, strict=True):
+        scores.append(own + kappa * scores[-1])
     stacked = torch.stack(scores[1:])
     return -(-stacked).sqrt() if (scorer, norm) == ("transe", "l2") else stacked
 

@@ -1,6 +1,6 @@
 """Score functions on exported columns, in numpy: a query vector for the known side, compared with rows.
 
-Units are interleaved; weights w_u = kappa^(levels above the unit's own) carry the damping, so that
+Units are interleaved; weights w_u = product of the kappas of the levels above the unit's own carry the damping, so that
 s_i = B_i + kappa s_(i-1) is one weighted sum over units (kappa = 1: all weights 1):
 
     transe    l1: -sum w |h + r - t|     l2: -sqrt(sum w (h + r - t)^2)
@@ -53,11 +53,13 @@ def exported_scorer(scorer: str, norm: str) -> ExportedScorer:
     return SCORERS[scorer, norm]
 
 
-def unit_weights(dims: Sequence[int], damping: float) -> NDArray[np.float64]:
-    """Return float64[dims[-1]]: each unit's weight in the score of the largest of `dims`."""
-    widths = np.diff([0, *dims])
-    levels_above = np.arange(len(dims) - 1, -1, -1)
-    return np.repeat(damping ** levels_above.astype(np.float64), widths)
+def unit_weights(dims: Sequence[int], damping: Sequence[float]) -> NDArray[np.float64]:
+    """Return float64[dims[-1]]: each unit's weight in the score of the largest of `dims`.
+
+    `damping` holds the kappa of each level above the first.
+    """
+    above_first_last = np.cumprod([1.0, *reversed(damping)])
+    return np.repeat(above_first_last[::-1], np.diff([0, *dims]))
 
 
 def compare(geometry: str, query: Array, rows: Array, weights: Array) -> Array:

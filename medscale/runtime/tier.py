@@ -152,9 +152,9 @@ class Tier:
         return str(self._facts["scorer"])
 
     @property
-    def damping(self) -> float:
+    def damping(self) -> tuple[float, ...]:
         """Kappa, by which each sub-model's score takes in that of the one below."""
-        return float(self._facts["damping"])
+        return tuple(self._facts["damping"])
 
     @property
     def reciprocal(self) -> bool:
@@ -373,10 +373,10 @@ def _wrong_facts(facts: Mapping[str, Any]) -> Iterator[str]:
         if type(facts.get(key)) is not int or not 0 < facts[key] < LARGEST:
             yield key
     damping, dims, dim = facts.get("damping"), facts.get("dims"), facts.get("dim")
-    if type(damping) not in (int, float) or not 0 < damping <= 1:  # type: ignore[operator]
-        yield "damping"
     if not _rising(dims) or dims[-1] != dim:  # type: ignore[index]
         yield "dims"
+    elif not _kappas(damping, len(dims) - 1):  # type: ignore[arg-type]
+        yield "damping"
     if type(facts.get("reciprocal")) is not bool:
         yield "reciprocal"
     yield from (key for key in ("tier", "run", "graph") if not isinstance(facts.get(key), str))
@@ -385,6 +385,12 @@ def _wrong_facts(facts: Mapping[str, Any]) -> Iterator[str]:
     wrong = _wrong_columns(facts)
     if wrong is not None:
         yield wrong
+
+
+def _kappas(damping: Any, count: int) -> bool:
+    if not isinstance(damping, list) or len(damping) != count:
+        return False
+    return all(type(kappa) in (int, float) and 0 < kappa <= 1 for kappa in damping)
 
 
 def _rising(dims: Any) -> bool:
