@@ -6,6 +6,7 @@ round: manifest, sizes, hashes, and only then DCP, which would load flipped bits
 `.metadata`.
 """
 
+import itertools
 import re
 import warnings
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ __all__ = [
     "open_tables",
     "retain",
     "save",
+    "step_of",
     "verify",
 ]
 
@@ -86,7 +88,12 @@ def committed_steps(run_directory: Path) -> list[Path]:
     folder = checkpoints_of(run_directory)
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
+    return sorted((p for p in folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def step_of(directory: Path) -> int:
+    """Return the step that a committed directory is named for."""
+    return int(directory.name.removeprefix("step-"))
 
 
 def save(run_directory: Path, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
@@ -144,6 +151,15 @@ def verify(directory: Path) -> Checkpoint:
         CheckpointError: anything is damaged, missing, extra, or from another step; names the file.
 
     """
+    try:
+        return _verified(directory)
+    except FileNotFoundError as gone:
+        raise CheckpointError(
+            f"{gone.filename} went away while it was read: a running job retired it; try again"
+        ) from None
+
+
+def _verified(directory: Path) -> Checkpoint:
     manifest = read_manifest(directory, "checkpoint", FORMAT, CheckpointError)
     if directory.name != f"step-{manifest.facts.get('step', -1):09d}":
         raise CheckpointError(f"{directory} holds the files of step {manifest.facts.get('step')}: it was renamed")
@@ -186,21 +202,28 @@ def find_resumable(run_directory: Path, resume: str) -> Checkpoint | None:
 
 
 def _previous(steps: list[Path]) -> Checkpoint:
-    """Set the newest step aside if it is damaged, and return the newest one before it that is whole."""
+    """Return the newest whole step before the newest one, and set aside every later one."""
     damage: list[str] = []
-    for number, directory in enumerate(reversed(steps)):
+    for number in range(len(steps) - 2, -1, -1):
         try:
-            checkpoint = verify(directory)
+            checkpoint = verify(steps[number])
         except CheckpointError as cause:
             damage.append(str(cause))
             continue
-        if number == 0 and len(steps) > 1:
-            continue
-        for later in steps[len(steps) - number :]:
-            log(f"{later.name} is set aside as {later.name}.damaged")
-            later.rename(later.with_name(later.name + ".damaged"))
+        for later in steps[number + 1 :]:
+            aside = _free_name(later.with_name(later.name + ".aside"))
+            later.rename(aside)
+            log(f"{later.name} is set aside as {aside.name}")
         return checkpoint
-    raise CheckpointError(f"no usable checkpoint is left: {'; '.join(damage)}")
+    why = "; ".join(damage) or "there is no other step"
+    raise CheckpointError(f"no usable step is left before {steps[-1].name}: {why}")
+
+
+def _free_name(path: Path) -> Path:
+    """Return the path, or the first of path-2, path-3, ... that is not taken."""
+    taken = {p.name for p in path.parent.iterdir()}
+    names = (path.name if number == 1 else f"{path.name}-{number}" for number in itertools.count(1))
+    return path.with_name(next(name for name in names if name not in taken))
 
 
 def retain(run_directory: Path, keep: int, best: int | None) -> None:
@@ -313,7 +336,8 @@ def layout_from_facts(facts: Mapping[str, Any]) -> Layout:
     return layout_of(section, facts["num_entities"], facts["num_relations"])
 
 
-#: keys that may change between runs of one run directory: none of them touches what a step computes
+#: keys that may change between runs of one run directory: none of them touches what a step computes, but for
+#: rounding (another device, or number of threads, adds in another order)
 MUTABLE_KEYS = frozenset({
     "train.epochs", "train.patience", "train.log_every", "train.validate_every", "train.valid_triples",
     "train.watch_dim", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "evaluate.split",

@@ -24,6 +24,7 @@ __all__ = [
     "SyntheticSection",
     "TrainSection",
     "conflicts",
+    "uses_neighbours",
 ]
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ class ModelSection:
     init_scale: float | None = key(
         None,
         "initial columns: half-width of the uniform (distances), standard deviation (products); default: "
-        "(margin + 2) / largest dim, or 0.001 with softmax, or 1 / (largest dim)^(1/4) scaled to unit scores",
+        "(margin + 2) / largest dim, or 0.001 with softmax over products, or (largest dim)^(-1/6)",
         above=0,
     )
 
@@ -159,7 +160,7 @@ class LossSection:
 
     kind: Literal["bce", "softmax"] = key(
         "bce",
-        "binary cross-entropy on logits a_i (gamma_i + s_i), or cross-entropy over candidates (products)",
+        "binary cross-entropy on logits a_i (gamma_i + s_i), or cross-entropy over candidates",
     )
     margin: float = key(9.0, "gamma of the largest sub-model (distances; products have none)", minimum=0)
     margin_scaling: Literal["sqrt", "equal"] = key("sqrt", "gamma_i = margin x sqrt(d_i / d_n), or the same for all")
@@ -318,6 +319,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def uses_neighbours(med: MedSection) -> bool:
+    """Whether a sub-model learns from, or is weighted by, the one next to it."""
+    return med.mutual != "off" or med.evolution == "previous"
+
+
 def conflicts(job: Job) -> Iterator[tuple[str, str]]:
     """Yield (key, what is wrong and what to do) for every impossible combination of keys."""
     yield from _graph_conflicts(job.graph)
@@ -387,20 +393,14 @@ def _loss_conflicts(job: Job) -> Iterator[tuple[str, str]]:
             f"{negatives.kind} does not go with loss.kind {loss.kind}; use {' or '.join(kinds)}",
         )
     if loss.kind == "softmax":
-        if scorer in DISTANCES:
-            yield (
-                "loss.kind",
-                f"softmax is for product scorers (complex, simple, distmult), not {scorer}; use bce",
-            )
-        if len(job.model.dims) > 8 and job.med.sub_models_per_step is None:
+        per_step = job.med.sub_models_per_step or len(job.model.dims)
+        if per_step > 8:
+            yield "med.sub_models_per_step", "softmax holds one score matrix per sub-model: at most 8 per step"
+        if per_step < min(4, len(job.model.dims)) and uses_neighbours(job.med):
             yield (
                 "med.sub_models_per_step",
-                "softmax holds one score matrix per sub-model: at most 8 per step",
-            )
-        if job.med.sub_models_per_step is not None and job.med.sub_models_per_step > 8:
-            yield (
-                "med.sub_models_per_step",
-                "softmax holds one score matrix per sub-model: at most 8 per step",
+                "softmax needs 4 or more per step, so that sub-models between the smallest and the largest come with "
+                "a neighbour; or set med.mutual to off and med.evolution to off or own",
             )
         if negatives.filter_known:
             yield (
@@ -424,6 +424,8 @@ def _loss_conflicts(job: Job) -> Iterator[tuple[str, str]]:
             "loss.regularizer_weights",
             (f"has {len(loss.regularizer_weights)} values; give 1, or {len(job.model.dims)} (one per level)"),
         )
+    if loss.regularizer != "none" and not any(loss.regularizer_weights):
+        yield "loss.regularizer_weights", f"is 0, which makes loss.regularizer {loss.regularizer} do nothing"
     if loss.regularizer == "none" and any(loss.regularizer_weights):
         yield "loss.regularizer_weights", "is set, but loss.regularizer is none"
 

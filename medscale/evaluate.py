@@ -1,7 +1,8 @@
 """Filtered evaluation of every sub-model: `python -m medscale.evaluate JOB`.
 
 Writes into the run directory: `evaluation.json` (the records, see `ranking.records_of`), `evaluation_summary.json`
-(parameters, MRR per million parameters, ability retention, what was ranked) and `evaluation_by_relation.csv`.
+(parameters, MRR per million parameters, ability retention, what was ranked) and `evaluation_by_relation.csv`; with
+`_valid` or `_test` in their names where the split is not the job's own.
 """
 
 import argparse
@@ -44,8 +45,8 @@ PROTOCOL = "filtered by train+valid+test, realistic ranks for ties, all entities
 
 def evaluate(
     job: Job, graph: Graph, run_directory: Path, *, split: str | None = None, step: int | None = None
-) -> list[dict[str, Any]]:
-    """Rank a split with the best step of a run (or `step`), write the results, and return the records.
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rank a split with the best step of a run (or `step`), write the results, and return (records, summary).
 
     Raises:
         CheckpointError: no usable checkpoint, or one trained on another graph.
@@ -64,14 +65,14 @@ def evaluate(
     start = time.monotonic()
     ranks = _rank(job, graph, tables, triples, split)
     records = records_of(ranks, split)
-    write_json(run_directory / "evaluation.json", records)
-    write_json(
-        run_directory / "evaluation_summary.json",
-        _summary(tables, graph, ranks, records, split, time.monotonic() - start),
-    )
-    names = graph.relation_names().to_pylist()
-    _write_csv(run_directory / "evaluation_by_relation.csv", relation_records(ranks, triples[:, 1], names))
-    return records
+    summary = _summary(tables, graph, ranks, records, split, time.monotonic() - start)
+    by_relation = relation_records(ranks, triples[:, 1], graph.relation_names().to_pylist())
+    # The files of the job's own split keep their names whatever else is ranked.
+    suffix = "" if split == job.evaluate.split else f"_{split}"
+    write_json(run_directory / f"evaluation{suffix}.json", records)
+    write_json(run_directory / f"evaluation_summary{suffix}.json", summary)
+    _write_csv(run_directory / f"evaluation_by_relation{suffix}.csv", by_relation)
+    return records, summary
 
 
 def _rank(job: Job, graph: Graph, tables: Tables, triples: Any, split: str) -> Ranks:
@@ -118,9 +119,8 @@ def _write_csv(path: Path, rows: Any) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
-def print_table(records: Sequence[dict[str, Any]], run_directory: Path, console: Console | None = None) -> None:
+def print_table(records: Sequence[dict[str, Any]], summary: dict[str, Any], console: Console | None = None) -> None:
     """Print one line per sub-model: the field's protocol, both sides, and the paper's MRR beside it."""
-    summary = json.loads((run_directory / "evaluation_summary.json").read_text(encoding="utf-8"))
     table = Table(title=f"{summary['job']}, step {summary['step']:,}, {summary['split']}", caption=(
         f"{summary['triples_ranked']:,} of {summary['triples_in_split']:,} triples, both sides; {PROTOCOL}"
         f"{'; triples with unseen entities were dropped' if summary['unseen_dropped'] else ''}. "
@@ -146,8 +146,8 @@ def print_table(records: Sequence[dict[str, Any]], run_directory: Path, console:
         figures = [f"{record[k]:.4f}" for k in ("mrr", "hits@1", "hits@3", "hits@10")]
         table.add_row(
             str(dim), *figures, f"{record['mean_rank']:,.1f}", f"{paper[dim]:.4f}",
-            f"{summary['parameters_million'][str(dim)]:.3f}",
-            f"{summary['effi_mrr_per_million_parameters'][str(dim)]:.3f}",
+            f"{summary['parameters_million'][dim]:.3f}",
+            f"{summary['effi_mrr_per_million_parameters'][dim]:.3f}",
         )  # fmt: skip
     (console or Console()).print(table)
 
@@ -174,13 +174,13 @@ def _main(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job)
     graph = prepare(job, data_root=arguments.data_dir, graphs_root=arguments.graphs_dir)
     run_directory = arguments.runs_dir / job.name
-    records = evaluate(job, graph, run_directory, split=arguments.split, step=arguments.step)
+    records, summary = evaluate(job, graph, run_directory, split=arguments.split, step=arguments.step)
     if arguments.json:
         for record in records:
             print(json.dumps(record))
     else:
-        print_table(records, run_directory)
-        log(f"written: {run_directory / 'evaluation.json'}")
+        print_table(records, summary)
+        log(f"written: evaluation files in {run_directory}")
     return 0
 
 

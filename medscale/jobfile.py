@@ -275,6 +275,10 @@ class _Reading:
         elif typing.get_origin(key.hint) is tuple:
             if isinstance(node, yaml.SequenceNode):
                 return self._items(node, key, path)
+            if isinstance(node, yaml.ScalarNode) and not _is_null(node):
+                # One value is a list of one.
+                item = self._scalar(node, typing.get_args(key.hint)[0], key, path)
+                return _UNREADABLE if item is _UNREADABLE else (item,)
         elif typing.get_origin(key.hint) is not None and typing.get_origin(key.hint) is not Literal:
             if isinstance(node, yaml.MappingNode):
                 return self._pairs(node, key, path)
@@ -529,7 +533,7 @@ def describe(key: Key) -> str:
     elif origin is Literal:
         words = "one of " + ", ".join(arguments)
     elif origin is tuple:
-        words = f"a list of {_PLURALS[arguments[0]]}" + limits.replace(", ", ", each ", 1)
+        words = f"a list of {_PLURALS[arguments[0]]}, or one" + limits.replace(", ", ", each ", 1)
     elif origin is not None:
         words = f"NAME: {_ARTICLES[arguments[1]]}{limits}, one or more"
     else:
@@ -586,7 +590,8 @@ def _value_schema(hint: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
     if origin is Literal:
         return {"type": "string", "enum": list(arguments)}
     if origin is tuple:
-        return {"type": "array", "items": _value_schema(arguments[0], limits)}
+        item = _value_schema(arguments[0], limits)
+        return {"anyOf": [{"type": "array", "items": item}, item]}
     if origin is not None:
         numbers = _value_schema(arguments[1], {k: v for k, v in limits.items() if k != "pattern"})
         names = {"propertyNames": {"pattern": f"^(?:{limits['pattern']})$"}}

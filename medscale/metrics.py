@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from medscale.logs import LINE_SECONDS, log
+from medscale.storage import write_atomic
 
 __all__ = ["Display", "RunLog", "training_display"]
 
@@ -51,7 +52,7 @@ class RunLog:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_atomic(self.path, "".join(kept).encode())
 
 
 class Display:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medscale.batches.corruption import Corruption, CorruptionBatch
 from medscale.batches.queries import QueryBatch
-from medscale.config import Job
+from medscale.config import Job, uses_neighbours
 from medscale.loss.bce import binary_cross_entropy, logits_of
 from medscale.loss.med import (
     ScalingParameters,
@@ -164,8 +164,7 @@ class Objective(torch.nn.Module):
         """Cross-entropy over candidates; only chosen sub-models are scored, each a product of matrices."""
         chosen = self._chosen(step)
         scan, med, targets = self._scan_of(tuple(chosen)), self.job.med, batch.targets
-        query_1QC = self._queries(batch, rows_UC, relations_RC).unsqueeze(0)
-        scores = [s.squeeze(0) for s in scan.product_scores(query_1QC, rows_UC.unsqueeze(0))]
+        scores = self._candidate_scores(batch, scan, chosen, rows_UC, relations_RC)
         pairs = [(a, a + 1) for a in range(len(chosen) - 1) if chosen[a + 1] == chosen[a] + 1]
         if med.mutual != "off" and pairs:
             logs = [log_probabilities(s, batch.bias_M) for s in scores]
@@ -174,22 +173,30 @@ class Objective(torch.nn.Module):
         else:
             log_mT = torch.stack([target_log_probabilities(s, batch.bias_M, targets) for s in scores])
             mutual, pairs = rows_UC.new_zeros(0), []
-        hard = -(self._answer_weights(log_mT) * log_mT).sum(1)
+        hard = -(self._answer_weights(log_mT, chosen) * log_mT).sum(1)
         known, relation = batch.known_Q[targets.query_T], batch.relation_Q[targets.query_T]
         penalty = self._penalty(rows_UC, relations_RC, known, relation, targets.candidate_T)
         return self._combine(hard, scan.dims, mutual, [scan.dims[b] for _, b in pairs], penalty)
 
-    def _queries(self, batch: QueryBatch, rows_UC: Tensor, relations_RC: Tensor) -> Tensor:
+    def _candidate_scores(
+        self, batch: QueryBatch, scan: PrefixScan, chosen: Sequence[int], rows_UC: Tensor, relations_RC: Tensor
+    ) -> list[Tensor]:
+        """Return logits [Q, M] of each chosen sub-model; a product's score is its logit."""
+        scorer = self.layout.scorer
         known_QC, relation_QR = _gather(rows_UC, batch.known_Q), _gather(relations_RC, batch.relation_Q)
-        split = batch.num_tail_queries
-        if split == len(known_QC):
-            return self.layout.scorer.query(known_QC, relation_QR, "tail")
-        return torch.cat([
-            self.layout.scorer.query(known_QC[:split], relation_QR[:split], "tail"),
-            self.layout.scorer.query(known_QC[split:], relation_QR[split:], "head"),
-        ])  # fmt: skip
+        split = [batch.num_tail_queries, len(known_QC) - batch.num_tail_queries]
+        (known_tails, known_heads), (for_tails, for_heads) = known_QC.split(split), relation_QR.split(split)
+        queries = (scorer.query(known_tails, for_tails, "tail"), scorer.query(known_heads, for_heads, "head"))
+        query_1QC = torch.cat(queries).unsqueeze(0)
+        if not scorer.is_distance:
+            return [s.squeeze(0) for s in scan.product_scores(query_1QC, rows_UC.unsqueeze(0))]
+        scale_1QC = None
+        if scorer.scale:
+            scale_1QC = torch.cat([scorer.scale(for_tails, "tail"), scorer.scale(for_heads, "head")]).unsqueeze(0)
+        scores_mQM = scan.scores(query_1QC, rows_UC.unsqueeze(0), scale_1QC).squeeze(1)
+        return list(self.logits.of(chosen)(scores_mQM))
 
-    def _answer_weights(self, log_mT: Tensor) -> Tensor:
+    def _answer_weights(self, log_mT: Tensor, chosen: Sequence[int]) -> Tensor:
         """Weights [m, T] of answers (equation 3, with the probability of the answer as evidence).
 
         Negatives need none: a softmax weighs each by its own probability already.
@@ -198,7 +205,10 @@ class Objective(torch.nn.Module):
             return torch.full_like(log_mT, 1 / log_mT.shape[1]).detach()
         evidence = log_mT.detach().exp()
         if self.job.med.evolution == "previous":
-            evidence = torch.cat([torch.ones_like(evidence[:1]), evidence[:-1]])
+            # Constant evidence is equal weights: for the smallest, and where the one below is not in this step.
+            even = torch.ones_like(evidence[0])
+            below = [b and chosen[b] == chosen[b - 1] + 1 for b in range(len(chosen))]
+            evidence = torch.stack([evidence[b - 1] if is_there else even for b, is_there in enumerate(below)])
         return positive_weights(evidence, self.scaling()[0], form="bounded")
 
     # -- both ---------------------------------------------------------------------------------------------
@@ -240,7 +250,7 @@ class Objective(torch.nn.Module):
             return list(range(num_sub_models))
         draws = generator(self.job.seed, "sub-models", step)
         chosen = {0, num_sub_models - 1}
-        stride = 2 if self.job.loss.kind == "softmax" and self.job.med.mutual != "off" else 1
+        stride = 2 if self.job.loss.kind == "softmax" and uses_neighbours(self.job.med) else 1
         for start in draws.permutation(num_sub_models - 1):
             chosen.update(range(start, min(start + stride, num_sub_models))[: wanted - len(chosen)])
             if len(chosen) == wanted:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medscale.errors import NonFiniteError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.schema import Side
 from medscale.model.embedding import TableRows
@@ -111,6 +112,7 @@ def _rank_side(
     scale_QC = layout.scorer.scale(relation_QR, asked) if layout.scorer.scale else None
     target_Q = torch.from_numpy(target_ids).to(device)
     target_nQ = _target_scores(scan, query_QC, rows.gather(target_Q), scale_QC)
+    _require_finite(target_nQ, "scores of true answers")
     excluded_query, excluded_entity = _excluded(offsets, answers, target_ids)
 
     better_nQ = torch.zeros(target_nQ.shape, dtype=torch.int64, device=device)
@@ -121,7 +123,9 @@ def _rank_side(
         first, last = np.searchsorted(excluded_entity, [start, stop])
         query_E = torch.from_numpy(excluded_query[first:last]).to(device)
         entity_E = torch.from_numpy(excluded_entity[first:last] - start).to(device)
-        for i, scores_QN in enumerate(_chunk_scores(scan, query_QC, rows.slice(start, stop), scale_QC)):
+        entities_NC = rows.slice(start, stop)
+        _require_finite(entities_NC, f"rows {start} to {stop - 1} of the entity table")
+        for i, scores_QN in enumerate(_chunk_scores(scan, query_QC, entities_NC, scale_QC)):
             target_Q1 = target_nQ[i].unsqueeze(1)
             better_nQ[i] += (scores_QN > target_Q1).sum(1)
             equal_nQ[i] += (scores_QN == target_Q1).sum(1)
@@ -131,6 +135,12 @@ def _rank_side(
             equal_nQ[i].index_add_(0, query_E, (excluded_E == against_E).long(), alpha=-1)
     ranks: NDArray[np.float64] = (1 + better_nQ.double() + equal_nQ.double() / 2).cpu().numpy()
     return ranks
+
+
+def _require_finite(values: Tensor, what: str) -> None:
+    """Refuse to rank with NaN, which compares as neither better nor equal and would rank first."""
+    if not torch.isfinite(values).all():
+        raise NonFiniteError(f"{what} are not finite: this model cannot be ranked; go back to an older checkpoint")
 
 
 def _chunk_scores(scan: PrefixScan, query_QC: Tensor, entities_NC: Tensor, scale_QC: Tensor | None) -> Iterator[Tensor]:
@@ -167,9 +177,10 @@ def _entities_per_chunk(scan: PrefixScan, num_queries: int, memory_mib: int) -> 
     """Return how many entities keep the chunk's tensors within the memory."""
     num_groups, num_sub_models = scan.group_weights_Gn.shape
     per_pair = num_sub_models + (2 * scan.num_columns + num_groups if scan.scorer.is_distance else 2)
+    per_entity = per_pair * num_queries + 2 * scan.num_columns
     # Elementwise distances are fastest while a chunk stays in the caches.
     budget = min(memory_mib, 32) if scan.scorer.is_distance else memory_mib
-    return max(1, int(budget * 2**20 / (4 * per_pair * num_queries)))
+    return max(1, int(budget * 2**20 / (4 * per_entity)))
 
 
 def records_of(ranks: Ranks, split: str) -> list[dict[str, Any]]:

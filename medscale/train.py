@@ -1,7 +1,6 @@
 """The whole job: `python -m medscale.train JOB` prepares the graph, trains, evaluates and exports."""
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +22,11 @@ from medscale.trainer import Outcome, Trainer
 __all__ = ["main", "train"]
 
 
-def train(job: Job, graph: Graph, run_directory: Path) -> tuple[Outcome, int | None]:
+def train(job: Job, graph: Graph, run_directory: Path, *, resume: str | None = None) -> tuple[Outcome, int | None]:
     """Train a job on a prepared graph into its run directory, going on from a checkpoint where there is one.
 
-    Returns why it ended, and the number of the signal that asked for it, if one did.
+    `resume` overrides the job's checkpoint.resume for this once. Returns why training ended, and the number of the
+    signal that asked for it, if one did.
 
     Raises:
         RunLockedError: another process writes to this run directory.
@@ -38,7 +38,7 @@ def train(job: Job, graph: Graph, run_directory: Path) -> tuple[Outcome, int | N
     threads = choose_threads(job.runtime)
     with run_lock(run_directory), process_group(device):
         trainer = Trainer(job, graph, run_directory, device)
-        checkpoint = find_resumable(run_directory, job.checkpoint.resume)
+        checkpoint = find_resumable(run_directory, resume or job.checkpoint.resume)
         if checkpoint is None:
             trainer.initialise()
         else:
@@ -68,18 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job)
-    if arguments.resume:
-        job = dataclasses.replace(job, checkpoint=dataclasses.replace(job.checkpoint, resume=arguments.resume))
+    if job.graph.synthetic and not (arguments.graphs_dir / job.graph_name).exists():
+        # What the generator will make is known: refuse before it works for hours.
+        require_fit(job, plan(job, size_of(job, arguments.graphs_dir)), arguments.runs_dir)
     graph = prepare(job, data_root=arguments.data_dir, graphs_root=arguments.graphs_dir)
     require_fit(job, plan(job, size_of(job, arguments.graphs_dir)), arguments.runs_dir)
     run_directory = arguments.runs_dir / job.name
-    outcome, signal_number = train(job, graph, run_directory)
+    outcome, signal_number = train(job, graph, run_directory, resume=arguments.resume)
     if outcome is Outcome.INTERRUPTED:
         assert signal_number is not None
         log("run the same command again to go on from there")
         return 128 + signal_number
     if graph.num_triples[job.evaluate.split]:
-        print_table(evaluate(job, graph, run_directory), run_directory)
+        print_table(*evaluate(job, graph, run_directory))
     export_run(job, runs_dir=arguments.runs_dir, graphs_dir=arguments.graphs_dir)
     log(f"tiers are in {run_directory / 'export'}")
     return 0

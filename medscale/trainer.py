@@ -6,6 +6,7 @@ run that goes on from a checkpoint repeats an uninterrupted one bit for bit on a
 
 import contextlib
 import enum
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +21,17 @@ from torch import Tensor
 
 from medscale.batches.corruption import CorruptionBatch, CorruptionBatches
 from medscale.batches.queries import QueryBatch, QueryBatches, query_table
-from medscale.checkpoint import Checkpoint, changed_keys, layout_facts, load, retain, save
-from medscale.config import Job
+from medscale.checkpoint import (
+    Checkpoint,
+    changed_keys,
+    committed_steps,
+    layout_facts,
+    load,
+    retain,
+    save,
+    step_of,
+)
+from medscale.config import DISTANCES, Job
 from medscale.errors import CheckpointError, GraphError, NonFiniteError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
@@ -106,6 +116,11 @@ class Trainer:
             )  # fmt: skip
         load(checkpoint, self._state(), collective=True)
         self.progress = Progress(**checkpoint.facts["progress"])
+        self.table.set_optimizer_step(self.progress.step)
+        best = self.progress.best_step
+        if best is not None and best not in map(step_of, committed_steps(self.run_directory)):
+            # The best step was retired after this one was saved, and this run then went back to it.
+            self.progress.best_mrr = self.progress.best_step = None
 
     # -- the loop -----------------------------------------------------------------------------------------
 
@@ -131,17 +146,17 @@ class Trainer:
                     run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1)})
                     display.update(step, rate, terms.means())
                     clock, trained = time.monotonic(), 0.0
-                if self._due(self.validate_every * steps_per_epoch):
+                if self._validation_due():
                     display.validated(*self._validate(run_log))
                     clock, trained = time.monotonic(), 0.0
                 if self._save_due():
                     self.save()
-                if self._stale():
-                    outcome = Outcome.STOPPED_EARLY
-                    break
                 if self.signal_number is not None:
                     self.save()
                     outcome = Outcome.INTERRUPTED
+                    break
+                if self._stale():
+                    outcome = Outcome.STOPPED_EARLY
                     break
         return outcome
 
@@ -160,7 +175,11 @@ class Trainer:
         terms: Terms = self.objective(batch, rows_UC, self.relations, step)
         _require_finite(terms, self.layout, step + 1)
         terms.total.backward()
-        _require_finite_gradients({"entities": rows_UC.grad, "relations": self.relations.grad}, step + 1)
+        _require_finite_gradients(
+            {"entities": rows_UC.grad, "relations": self.relations.grad, "scaling": self.objective.scaling.values.grad},
+            self.layout,
+            step + 1,
+        )
         looked_up_UC.backward(rows_UC.grad)
         self.optimizers.step_dense()
         self.objective.scaling.clamp()
@@ -232,6 +251,8 @@ class Trainer:
 
     def _prefetched(self) -> Iterator[CorruptionBatch | QueryBatch]:
         """Yield the remaining batches, each prepared by a thread while the one before is trained on."""
+        if self.progress.step >= self.total_steps:
+            return
         with ThreadPoolExecutor(1) as pool:
             prepare: Callable[[int], CorruptionBatch | QueryBatch] = self.batches.batch
             coming = pool.submit(prepare, self.progress.step)
@@ -245,10 +266,16 @@ class Trainer:
         return every > 0 and self.progress.step % every == 0
 
     def _save_due(self) -> bool:
-        steps_per_epoch = self.batches.steps_per_epoch
-        if self.progress.step == self.total_steps or self._due(self.validate_every * steps_per_epoch):
+        if self.progress.step == self.total_steps or self._validation_due():
             return True
-        return self._due(self.job.checkpoint.every_steps or (0 if self.validate_every else steps_per_epoch))
+        return self._due(self.job.checkpoint.every_steps or self.batches.steps_per_epoch)
+
+    def _validation_due(self) -> bool:
+        """Whether to validate now: every so many epochs, and at the end, which may be the best."""
+        if not self.validate_every:
+            return False
+        last = self.progress.step == self.total_steps
+        return last or self._due(self.validate_every * self.batches.steps_per_epoch)
 
     def _stale(self) -> bool:
         patience = self.job.train.patience
@@ -262,7 +289,9 @@ class Trainer:
             if self.signal_number is not None:
                 raise KeyboardInterrupt
             self.signal_number = number
-            log(f"{signal.Signals(number).name}: saving after this step; once more ends at once, unsaved")
+            # Printing may be what the signal came in the middle of, and must not be entered twice.
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: saving after this step; once more ends at once, unsaved\n".encode())
 
         previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -321,12 +350,12 @@ def initial_scale(job: Job) -> float:
 
     Distances: half-width (margin + 2) / d_n (Sun et al., 2019), so distances start near the margin. Softmax
     over products: 0.001, where all scores start equal. Binary losses over products: d_n^(-1/6), which gives
-    the largest sub-model's scores, sums of d_n products of three, unit variance, and smaller ones less.
+    scores of the largest sub-model, sums of products of three, a size near 1, and those of smaller ones less.
     """
     if job.model.init_scale is not None:
         return job.model.init_scale
     largest = job.model.dims[-1]
-    if job.model.scorer in ("transe", "rotate", "pairre"):
+    if job.model.scorer in DISTANCES:
         return (job.loss.margin + 2) / largest
     return 1e-3 if job.loss.kind == "softmax" else float(largest ** (-1 / 6))
 
@@ -334,27 +363,40 @@ def initial_scale(job: Job) -> float:
 def _require_finite(terms: Terms, layout: Layout, step: int) -> None:
     if torch.isfinite(terms.total):
         return
-    names = {
-        dim: f"sub-model {dim}" + "".join(f" (tier {n})" for n, d in layout.tiers.items() if d == dim)
-        for dim in layout.dims
-    }
-    broken = [f"hard loss of {names[d]}" for d, v in zip(terms.dims, terms.hard, strict=True) if not torch.isfinite(v)]
+    broken = [
+        f"hard loss of {_named(layout, d)}"
+        for d, v in zip(terms.dims, terms.hard, strict=True)
+        if not torch.isfinite(v)
+    ]
     broken += [
-        f"mutual loss of {names[d]} and the one below"
+        f"mutual loss of {_named(layout, d)} and the one below"
         for d, v in zip(terms.mutual_dims, terms.mutual, strict=True)
         if not torch.isfinite(v)
     ]
-    broken += [n for n, v in (("regularizer", terms.regularizer), ("barrier", terms.barrier)) if not torch.isfinite(v)]
+    rest = {"regularizer": terms.regularizer, "barrier": terms.barrier}
+    broken += [name for name, v in rest.items() if not torch.isfinite(v)]
     raise NonFiniteError(
         f"step {step}: not finite: {'; '.join(broken) or 'the sum of the terms'}. Nothing was updated; "
         "lower optimizer.lr or check med.form, and run again to go on from the last checkpoint"
     )
 
 
-def _require_finite_gradients(gradients: Mapping[str, Tensor | None], step: int) -> None:
+def _require_finite_gradients(gradients: Mapping[str, Tensor | None], layout: Layout, step: int) -> None:
+    units = {"entities": layout.scorer.unit_columns, "relations": layout.scorer.relation_unit_columns}
     for name, gradient in gradients.items():
-        if gradient is not None and not torch.isfinite(gradient).all():
-            raise NonFiniteError(
-                f"step {step}: the gradient of the {name} is not finite, though the loss is. Nothing was updated; "
-                "lower optimizer.lr, and run again to go on from the last checkpoint"
-            )
+        if gradient is None or torch.isfinite(gradient).all():
+            continue
+        where = name
+        if name in units:
+            column = int((~torch.isfinite(gradient)).any(0).nonzero()[0])
+            dim = next(d for d in layout.dims if column < d * units[name])
+            where = f"{name}, first in the columns of {_named(layout, dim)}"
+        raise NonFiniteError(
+            f"step {step}: the gradient of the {where}, is not finite, though the loss is. Nothing was updated; "
+            "lower optimizer.lr, and run again to go on from the last checkpoint"
+        )
+
+
+def _named(layout: Layout, dim: int) -> str:
+    """Return a sub-model in words, with its tiers."""
+    return f"sub-model {dim}" + "".join(f" (tier {name})" for name, d in layout.tiers.items() if d == dim)

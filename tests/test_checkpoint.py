@@ -141,7 +141,7 @@ def test_a_damaged_newest_step_stops_and_names_the_way_out(run: Path) -> None:
     checkpoint = find_resumable(run, "previous")
     assert checkpoint is not None
     assert checkpoint.step == 2
-    assert (checkpoints_of(run) / "step-000000004.damaged").is_dir()
+    assert (checkpoints_of(run) / "step-000000004.aside").is_dir()
     assert [p.name for p in committed_steps(run)] == ["step-000000002"]
 
 

@@ -162,7 +162,7 @@ def test_binary_losses_equal_the_paper_written_out(toy_graph: Graph, scorer: str
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("scorer", ["simple", "complex", "distmult"])
+@pytest.mark.parametrize("scorer", ["simple", "complex", "transe", "pairre"])
 @pytest.mark.parametrize("evolution", ["off", "previous", "own"])
 @pytest.mark.parametrize("damping", [(1.0,), (0.5, 0.25)])
 @pytest.mark.parametrize("reciprocal", [False, True])
@@ -172,7 +172,8 @@ def test_softmax_losses_equal_single_triples_written_out(
     job = toy_job(
         scorer, med={"evolution": evolution, "mutual": "both"}, train={"batch_size": 5},
         model={"dims": (2, 4, 5), "damping": damping, "reciprocal": reciprocal},
-        loss={"regularizer": "n3", "regularizer_weights": (0.1, 0.2, 0.3)},
+        loss={"kind": "softmax", "regularizer": "n3", "regularizer_weights": (0.1, 0.2, 0.3)},
+        negatives={"kind": "shared"},
     )  # fmt: skip
     layout = layout_of(job.model, toy_graph.num_entities, toy_graph.num_relations)
     batch = batches_of(job, toy_graph).batch(1)
@@ -186,6 +187,9 @@ def test_softmax_losses_equal_single_triples_written_out(
         known, relation = batch.known_Q[q].expand(len(every)), batch.relation_Q[q].expand(len(every))
         head, tail = (known, every) if q < batch.num_tail_queries else (every, known)
         scores = all_scores(job, layout, rows, relations, head, relation, tail)
+        if layout.scorer.is_distance:
+            ratio = torch.tensor(layout.dims, dtype=torch.float64).div(layout.dims[-1]).sqrt()[:, None]
+            scores = (job.loss.margin * ratio + scores) / ratio
         logs.append(torch.log_softmax(scores if batch.bias_M is None else scores + batch.bias_M, 1))
     log_nQM = torch.stack(logs, 1)
     log_nT = log_nQM[:, batch.targets.query_T, batch.targets.candidate_T]
@@ -208,7 +212,7 @@ def test_softmax_losses_equal_single_triples_written_out(
             if scorer == "complex":
                 cubes = part.view(-1, 2).norm(dim=1) ** 3 * strength
             else:
-                cubes = part.abs() ** 3 * strength.repeat_interleave(layout.scorer.unit_columns)
+                cubes = part.abs() ** 3 * strength.repeat_interleave(len(part) // len(strength))
             plain = plain + cubes.sum() / len(batch.targets.query_T)
     torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
     for one, other in zip(*(torch.autograd.grad(x, (rows, relations)) for x in (fast, plain)), strict=True):

@@ -1,5 +1,6 @@
 """Binary cross-entropy on logits z_i = a_i (gamma_i + s_i) (equations 1 and 5)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,10 @@ class Logits:
     margins: Tensor
     #: [n]
     temperatures: Tensor
+
+    def of(self, chosen: Sequence[int]) -> "Logits":
+        """Return the constants of some sub-models."""
+        return Logits(self.margins[list(chosen)], self.temperatures[list(chosen)])
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Return logits [n, ...] of scores [n, ...]."""

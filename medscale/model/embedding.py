@@ -46,7 +46,6 @@ class EntityTable(nn.Module):
         optimizer_arguments: dict[str, Any],
         *,
         device: torch.device,
-        world_size: int = 1,
     ) -> None:
         super().__init__()
         if os.environ.get("FBGEMM_TBE_BOUNDS_CHECK_MODE"):
@@ -68,18 +67,10 @@ class EntityTable(nn.Module):
         )
         apply_optimizer_in_backward(optimizer, collection.parameters(), optimizer_arguments)
         sharder = EmbeddingBagCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
-        # Whole blocks live on ranks. A plan without compute_kernel="fused" falls to a kernel that never updates.
-        placement = {
-            block.name: table_wise(rank=number % world_size, compute_kernel="fused")
-            for number, block in enumerate(layout.blocks)
-        }
+        # A plan without compute_kernel="fused" falls to a kernel that never updates.
+        placement = {block.name: table_wise(rank=0, compute_kernel="fused") for block in layout.blocks}
         plan = construct_module_sharding_plan(
-            collection,
-            placement,
-            sharder,
-            local_size=world_size,
-            world_size=world_size,
-            device_type=device.type,
+            collection, placement, sharder, local_size=1, world_size=1, device_type=device.type
         )
         self.sharded = DistributedModelParallel(
             collection,
@@ -101,6 +92,10 @@ class EntityTable(nn.Module):
         for group in self.sharded.fused_optimizer.param_groups:
             group["lr"] = rate
         self.sharded.fused_optimizer.step()
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Tell a fused optimizer with bias correction (Adam) how many steps it has done; its state does not say."""
+        self.sharded.fused_optimizer.set_optimizer_step(step)
 
     def initialise(self, seed: int, scale: float) -> None:
         """Draw the initial columns: uniform in +-scale for distances, normal with that deviation for products."""

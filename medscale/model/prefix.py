@@ -61,9 +61,20 @@ class PrefixScan:
             scale_XPC = query_XPC.new_ones((len(query_XPC), 1, 1))
         else:
             scale_XPC = scale_XPC[..., : self.num_columns]
-        size = max(1, SLICE_NUMBERS // max(1, query_XPC[:1].numel() * candidates_XKC.shape[1]))
+        per_query = max(1, candidates_XKC.shape[1] * query_XPC.shape[2])
+        num_queries = query_XPC.shape[1]
+        if num_queries * per_query > SLICE_NUMBERS:
+            chunks = zip(query_XPC.split(1), candidates_XKC.split(1), scale_XPC.split(1), strict=True)
+            return torch.cat([self._chunk_scores(*chunk, max(1, SLICE_NUMBERS // per_query)) for chunk in chunks], 1)
+        size = max(1, SLICE_NUMBERS // max(1, num_queries * per_query))
         slices = zip(query_XPC.split(size), candidates_XKC.split(size), scale_XPC.split(size), strict=True)
         return torch.cat([_recomputed(self._distance_scores, *each) for each in slices], 1)
+
+    def _chunk_scores(self, query_1PC: Tensor, candidates_1KC: Tensor, scale_1PC: Tensor, size: int) -> Tensor:
+        """Return distance scores [n, 1, P, K] of one chunk, `size` queries at a time."""
+        scales = scale_1PC.expand(-1, query_1PC.shape[1], -1).split(size, 1)
+        parts = zip(query_1PC.split(size, 1), scales, strict=True)
+        return torch.cat([_recomputed(self._distance_scores, q, candidates_1KC, s) for q, s in parts], 2)
 
     def pair_scores(self, query_RC: Tensor, candidate_RC: Tensor, scale_RC: Tensor | None = None) -> Tensor:
         """Return scores [n, R] of one candidate for each query."""
