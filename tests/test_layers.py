@@ -18,10 +18,10 @@ LAYERS = (
     ("batches",),
     ("model",),
     ("loss", "objective"),
-    ("distributed", "sharding", "optimizer"),
+    ("distributed", "optimizer"),
     ("checkpoint", "ranking", "metrics"),
     ("trainer", "prepare", "evaluate", "split", "plan", "doctor", "report"),
-    ("launch", "train", "export", "cli"),
+    ("train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

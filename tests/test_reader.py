@@ -22,7 +22,6 @@ from medscale.graph.schema import (
     open_parquet,
     open_writer,
 )
-from medscale.graph.vocab import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +61,6 @@ def test_names_and_types(graph: Graph) -> None:
     assert types is not None
     assert types.column("entity").to_pylist() == list(range(200))
     assert [f"kind{int(n[1:]) % 3}" for n in names.to_pylist()] == types.column("type").to_pylist()
-
-
-def test_vocabulary_goes_both_ways(graph: Graph) -> None:
-    vocabulary = Vocabulary(graph.entity_names())
-    ids = np.array([3, 0, 199, 3])
-    assert vocabulary.ids(vocabulary.names_of(ids)).tolist() == ids.tolist()
-    assert len(vocabulary) == 200
-    with pytest.raises(GraphError, match=r"unknown entity: 'nobody', 'no one' \(2 in all\)"):
-        vocabulary.ids(["e1", "nobody", "no one"])
 
 
 def graph_or_error(directory: Path) -> Graph | GraphError:

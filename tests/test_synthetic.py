@@ -21,7 +21,7 @@ from medscale.graph.synthetic import (
 )
 from medscale.storage import sha256_of
 
-FIRST_ROWS = [("user/394", "buys", "product/50"), ("user/729", "buys", "product/206")]
+FIRST_ROWS = [("user/1758", "buys", "product/139"), ("user/108", "buys", "product/164")]
 
 SMALL = SyntheticSection(num_users=2_000, num_triples=60_000, part_triples=25_000)
 

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from medscale.config import SyntheticSection
 from medscale.graph.schema import open_writer
 from medscale.logs import Advance
-from medscale.seed import subseed
+from medscale.seed import mixed, permuted, subseed
 
 __all__ = [
     "RELATIONS",
@@ -195,10 +195,10 @@ def _draw(section: SyntheticSection, seed: int, name: str, numbers: Ints) -> tup
 
 def _stream(seed: int, name: str, numbers: Ints) -> Bits:
     """Return the random state of each triple, uint64[n]; a repeated purchase has the purchase's."""
-    own = _mixed(numbers, subseed(seed, "synthetic", name))
+    own = mixed(numbers, subseed(seed, "synthetic", name))
     if name not in ("views", "likes"):
         return own
-    purchase = _mixed(numbers, subseed(seed, "synthetic", "buys"))
+    purchase = mixed(numbers, subseed(seed, "synthetic", "buys"))
     return np.where(_uniform(own, 5) < _REPEATED, purchase, own)
 
 
@@ -211,7 +211,7 @@ def _own_group(
         return heads % communities, communities
     if relation.head == "product":
         return heads % (communities * _CATEGORIES), communities * _CATEGORIES
-    tastes = _mixed(heads, subseed(seed, "synthetic", "tastes"))
+    tastes = mixed(heads, subseed(seed, "synthetic", "tastes"))
     first, second = tastes % _CATEGORIES, tastes // _CATEGORIES % _CATEGORIES
     favourite = np.where(chance < _FIRST_FAVOURITE, first, second).astype(np.int64)
     return heads % communities + communities * favourite, communities * _CATEGORIES
@@ -225,17 +225,9 @@ def _rank(chance: npt.NDArray[np.float64], size: Ints | np.int64, inequality: fl
     return np.minimum((chance**inequality * size).astype(np.int64), size - 1)
 
 
-def _mixed(numbers: npt.NDArray[np.int64] | Bits, key: int) -> Bits:
-    """Return 64 well-mixed bits for each number under a key (splitmix64), uint64[n]."""
-    state = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
 def _uniform(stream: Bits, draw: int) -> npt.NDArray[np.float64]:
     """Return draw number `draw` of each stream, float64[n] in [0, 1)."""
-    return np.ldexp((_mixed(stream, draw + 1) >> np.uint64(11)).astype(np.float64), -53)
+    return np.ldexp((mixed(stream, draw + 1) >> np.uint64(11)).astype(np.float64), -53)
 
 
 def _named(section: SyntheticSection, seed: int, name: str, heads: Ints, tails: Ints) -> pa.Table:
@@ -250,26 +242,9 @@ def _named(section: SyntheticSection, seed: int, name: str, heads: Ints, tails: 
 
 
 def _names(seed: int, kind: str, numbers: Ints, size: int) -> pa.Array:
-    return _joined(kind, _permuted(numbers, size, subseed(seed, "synthetic", "names", kind)))
+    # Names then tell nothing of groups or popularity.
+    return _joined(kind, permuted(numbers, size, subseed(seed, "synthetic", "names", kind)))
 
 
 def _joined(word: str, numbers: Ints) -> pa.Array:
     return pc.binary_join_element_wise(word, pc.cast(pa.array(numbers), pa.string()), "/")
-
-
-def _permuted(numbers: Ints, size: int, key: int) -> Ints:
-    """Return a seeded permutation of 0..size-1 at `numbers`: names then tell nothing of groups or popularity.
-
-    A Feistel network on the next even power of two, walked until the result falls below `size`.
-    """
-    half = max((size - 1).bit_length() + 1, 2) // 2
-    mask = np.uint64((1 << half) - 1)
-    result = numbers.astype(np.uint64)
-    outside = np.ones(len(numbers), dtype=bool)
-    while outside.any():
-        left, right = result[outside] >> np.uint64(half), result[outside] & mask
-        for turn in range(4):
-            left, right = right, left ^ (_mixed(right, key + turn) & mask)
-        result[outside] = left << np.uint64(half) | right
-        outside = result >= size
-    return result.astype(np.int64)

@@ -1,10 +1,10 @@
 """Names and ids. Ids are dense, from 0, in the order of the names (numerical where all names are integers).
 
 So the ids of a graph depend on its names alone, and integer ids that are dense already stay as they are.
-Numbering happens in the database of an ingest, which spills to disk; looking up happens in memory.
+Numbering happens in the database of an ingest, which spills to disk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import duckdb
@@ -13,10 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medscale.errors import GraphError
 from medscale.graph.schema import ROW_GROUP_ROWS
 
-__all__ = ["Vocabulary", "number_names"]
+__all__ = ["number_names"]
 
 #: at most 16 digits, no leading zero: exactly what its integer prints as
 _INTEGER = "0|[1-9][0-9]{0,15}"
@@ -69,33 +68,3 @@ def _scalar(result: duckdb.DuckDBPyConnection) -> object:
     row = result.fetchone()
     assert row is not None
     return row[0]
-
-
-class Vocabulary:
-    """The names of a graph's entities, or of its relations, by id and back."""
-
-    def __init__(self, names: pa.Array, what: str = "entity") -> None:
-        #: string[num_names]; the index is the id
-        self.names = names
-        self._what = what
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def ids(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Return the ids int64[len(names)] of names.
-
-        Raises:
-            GraphError: a name is unknown; says which.
-
-        """
-        wanted = pa.array(names, pa.string())
-        found = pc.index_in(wanted, value_set=self.names)
-        if found.null_count:
-            unknown = wanted.filter(pc.is_null(found)).to_pylist()
-            raise GraphError(f"unknown {self._what}: {', '.join(map(repr, unknown[:5]))} ({len(unknown)} in all)")
-        return np.asarray(found.cast(pa.int64()))
-
-    def names_of(self, ids: npt.NDArray[np.int64]) -> list[str]:
-        """Return the names of ids int64[n]; ids must be in range."""
-        return list(self.names.take(pa.array(ids)).to_pylist())
