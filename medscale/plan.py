@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medscale.config import Job
-from medscale.errors import CapacityError, GraphError
+from medscale.errors import CapacityError
+from medscale.graph.census import take_census
 from medscale.graph.reader import open_graph
 from medscale.graph.synthetic import RELATIONS, kind_sizes
 from medscale.jobfile import load_job
@@ -187,11 +188,11 @@ def memory_limit(job: Job) -> int:
     return min(machine, int(text)) if text.isdigit() else machine
 
 
-def size_of(job: Job, graphs_directory: Path) -> GraphSize:
-    """Return the size of a job's graph: from its directory, or from the generator's numbers.
+def size_of(job: Job, graphs_directory: Path, data_root: Path) -> GraphSize:
+    """Return the size of a job's graph: from its directory, the generator's numbers, or a count of its raw files.
 
     Raises:
-        GraphError: it is not prepared and cannot be known.
+        GraphError: a raw file is missing or wrong.
 
     """
     directory = graphs_directory / job.graph_name
@@ -201,10 +202,10 @@ def size_of(job: Job, graphs_directory: Path) -> GraphSize:
         return GraphSize(graph.num_entities, graph.num_relations, train, valid, test, f"counted in {directory}")
     synthetic = job.graph.synthetic
     if synthetic is None:
-        raise GraphError(
-            f"graph {job.graph_name} is not prepared in {graphs_directory}, so its size is unknown: run "
-            "`medscale prepare`, or give --num-entities, --num-relations and --num-triples"
-        )
+        census = take_census(job.graph, data_root)
+        train, valid, test = (census.num_triples[split] for split in ("train", "valid", "test"))
+        source = "counted in the raw files; duplicates counted in"
+        return GraphSize(census.num_entities, census.num_relations, train, valid, test, source)
     total = synthetic.num_triples
     valid, test = int(total * job.graph.valid_fraction), int(total * job.graph.test_fraction)
     entities = sum(kind_sizes(synthetic).values())
@@ -219,10 +220,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan",
         "Predict memory, parameters per tier, steps and files of a job before anything runs; refuse what cannot fit.",
     )
-    size = parser.add_argument_group("graph size, where the graph is not prepared yet")
+    size = parser.add_argument_group("graph size, to plan for a graph that does not exist yet (all three)")
     for name in ("entities", "relations", "triples"):
         size.add_argument(f"--num-{name}", type=int, metavar="N")
-    return run_command(lambda: _main(parser.parse_args(argv)))
+    arguments = parser.parse_args(argv)
+    given = (arguments.num_entities, arguments.num_relations, arguments.num_triples)
+    if any(number is not None and number < 1 for number in given) or 0 < given.count(None) < 3:
+        parser.error("--num-entities, --num-relations and --num-triples go together, each at least 1")
+    return run_command(lambda: _main(arguments))
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -231,7 +236,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if None not in given:
         size = GraphSize(*given, 0, 0, "given on the command line")
     else:
-        size = size_of(job, arguments.graphs_dir)
+        size = size_of(job, arguments.graphs_dir, arguments.data_dir)
     predicted = plan(job, size)
     _print(job, size, predicted, arguments.runs_dir)
     require_fit(job, predicted, arguments.runs_dir)

@@ -68,11 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job)
-    if job.graph.synthetic and not (arguments.graphs_dir / job.graph_name).exists():
-        # What the generator will make is known: refuse before it works for hours.
-        require_fit(job, plan(job, size_of(job, arguments.graphs_dir)), arguments.runs_dir)
+    # What the graph will hold can be known before it is built, so a job that cannot fit is refused first.
+    size = size_of(job, arguments.graphs_dir, arguments.data_dir)
+    require_fit(job, plan(job, size), arguments.runs_dir)
     graph = prepare(job, data_root=arguments.data_dir, graphs_root=arguments.graphs_dir)
-    require_fit(job, plan(job, size_of(job, arguments.graphs_dir)), arguments.runs_dir)
     run_directory = arguments.runs_dir / job.name
     outcome, signal_number = train(job, graph, run_directory, resume=arguments.resume)
     if outcome is Outcome.INTERRUPTED:

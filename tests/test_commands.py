@@ -144,15 +144,22 @@ def test_plan_tells_what_a_job_takes_and_refuses_what_cannot_fit(
         assert "may count on 0.10 GiB" in capsys.readouterr().err
 
 
-def test_plan_of_a_graph_that_is_not_there_needs_its_size(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_counts_raw_files_or_takes_a_size(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     elsewhere = [str(place / "ring.yaml"), "--graphs-dir", str(tmp_path)]
-    assert plan.main(elsewhere) == GraphError.exit_code
-    assert "--num-entities" in capsys.readouterr().err
+    assert plan.main([*elsewhere, "--data-dir", str(place / "data")]) == 0
+    assert "90 entities, 4 relations, 300 training triples (counted in the raw files" in joined(capsys)
+    assert plan.main([*elsewhere, "--data-dir", str(tmp_path)]) == GraphError.exit_code
+    assert "train.tsv" in capsys.readouterr().err
     size = ["--num-entities", "1000000", "--num-relations", "10", "--num-triples", "5000000"]
     assert plan.main([*elsewhere, *size]) == 0
-    assert "1,000,000 entities" in capsys.readouterr().out
+    assert "1,000,000 entities" in joined(capsys)
+    with pytest.raises(SystemExit):
+        plan.main([*elsewhere, *size[:2]])
+
+
+def joined(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed, without the line breaks of a narrow console."""
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_a_wrong_job_lists_every_mistake(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +185,7 @@ def test_predicted_memory_is_within_a_tenth_of_the_measured(tmp_path: Path) -> N
     place = [str(job), "--runs-dir", str(tmp_path / "runs"), "--graphs-dir", str(tmp_path / "graphs")]
     assert medscale(["prepare", *place]) == 0
     loaded = load_job(job)
-    predicted = plan.plan(loaded, plan.size_of(loaded, tmp_path / "graphs"))
+    predicted = plan.plan(loaded, plan.size_of(loaded, tmp_path / "graphs", tmp_path))
     code = (
         "import resource, sys; from medscale.train import main; main(sys.argv[1:]);"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -106,3 +106,9 @@ def test_example_in_readme_is_a_job(readme: str, tmp_path: Path) -> None:
         path = tmp_path / "example.yaml"
         path.write_text(example)
         load_job(path)
+
+
+def test_results_in_the_readme_are_those_committed() -> None:
+    command = [sys.executable, "tools/bench/quality_table.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,65 @@
+"""Write the table of committed quality results into README.md, between its two marks.
+
+usage: python tools/bench/quality_table.py [--check]
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tools" / "bench" / "results" / "quality"
+BEGIN, END = "<!-- results: written by tools/bench/quality_table.py -->", "<!-- end of results -->"
+
+
+def lines(result: dict[str, Any], shown: int = 6) -> Iterator[str]:
+    """Yield a table row per dim of one result; of many dims only some, the smallest and the largest included."""
+    summary, environment = result["summary"], result["environment"]
+    both = {r["dim"]: r for r in result["evaluation"] if (r["protocol"], r["side"]) == ("field", "both")}
+    dims = sorted(both)
+    if len(dims) > shown:
+        dims = [d for d in dims if d in (10, 40, 160) or d == dims[-1]]
+    ranked = f"{summary['triples_ranked']:,}"
+    if summary["triples_ranked"] < summary["triples_in_split"]:
+        ranked += f" of {summary['triples_in_split']:,}"
+    cores = f"{environment['cores']} core" + ("s" if environment["cores"] > 1 else "")
+    run = f"{result['epochs_trained']} epochs, {result['wall_seconds'] / 60:.1f} min, {cores}"
+    for number, dim in enumerate(dims):
+        r = both[dim]
+        head = [f"`{summary['job']}`", run, ranked] if number == 0 else ["", "", ""]
+        figures = [f"{r[k]:.3f}" for k in ("mrr", "hits@1", "hits@3", "hits@10")]
+        yield "| " + " | ".join([*head, str(dim), *figures]) + " |"
+
+
+def table() -> str:
+    """Return the section of the README."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    dates = sorted({r["environment"]["date"] for r in results})
+    cpus = sorted({r["environment"]["cpu"] for r in results})
+    rows = ["| job | training and all else | test triples | dim | MRR | Hits@1 | Hits@3 | Hits@10 |"]
+    rows += ["|---|---|---|---:|---:|---:|---:|---:|"]
+    for result in results:
+        rows += lines(result)
+    protocol = results[0]["summary"]["protocol"]
+    note = (
+        f"One run each, {', '.join(dates)}, {', '.join(cpus)}, no GPU. Test split, both sides, {protocol}. "
+        "Minutes are wall time of the whole job: preparing, training, ranking, exporting. "
+        "Every figure is in `tools/bench/results/quality/`, and `python tools/bench/quality.py JOB` measures it anew."
+    )
+    return "\n".join([BEGIN, *rows, "", note, END])
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    start, end = text.index(BEGIN), text.index(END) + len(END)
+    current = text[:start] + table() + text[end:]
+    if "--check" in sys.argv:
+        sys.exit(0 if current == text else "README.md is out of date: run python tools/bench/quality_table.py")
+    readme.write_text(current, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
