@@ -29,7 +29,7 @@ Status = Literal["ok", "warning", "problem"]
 
 SETUP = "set up again: rm -r .venv, then source tools/setup.sh"
 #: what must be there, beside torch, torchrec and FBGEMM
-LIBRARIES = ("numpy", "pyarrow", "ray", "duckdb", "safetensors", "PyYAML", "rich", "tensorboard")
+LIBRARIES = ("numpy", "pyarrow", "ray", "duckdb", "PyYAML", "rich", "tensorboard")
 #: releases of FBGEMM and torchrec, and the torch that each was built for and tried with
 PAIRS = {"1.8": "2.13", "1.6": "2.11"}
 BOUNDS_CHECK = "FBGEMM_TBE_BOUNDS_CHECK_MODE"
@@ -123,16 +123,17 @@ def _release(version: str) -> str:
 def check_builds(versions: Mapping[str, str]) -> Check:
     """Check that one build of FBGEMM is installed, and that torch is of the same kind."""
     name = "one FBGEMM build"
-    cpu, cuda = "fbgemm-gpu-cpu" in versions, versions.get("fbgemm-gpu", "+cpu")
-    if cpu and not cuda.endswith("+cpu"):
-        found = f"fbgemm-gpu {cuda} and fbgemm-gpu-cpu {versions['fbgemm-gpu-cpu']}"
-        return Check(name, "problem", found, f"they own the same folder and break each other; {SETUP}")
-    if not cpu and cuda.endswith("+cpu"):
+    cpu, named = versions.get("fbgemm-gpu-cpu"), versions.get("fbgemm-gpu")
+    if cpu is None and named is None:
         return Check(name, "problem", "not installed", SETUP)
-    kind = "CPU" if cpu else "CUDA"
-    if not cpu and versions.get("torch", "").endswith("+cpu"):
+    # PyTorch's own index has the CPU build as fbgemm-gpu ...+cpu; elsewhere that name is our empty one.
+    is_cuda = named is not None and not named.endswith("+cpu")
+    if cpu is not None and is_cuda:
+        found = f"fbgemm-gpu {named} and fbgemm-gpu-cpu {cpu}"
+        return Check(name, "problem", found, f"they own the same folder and break each other; {SETUP}")
+    if is_cuda and versions.get("torch", "").endswith("+cpu"):
         return Check(name, "problem", "FBGEMM for CUDA, torch for CPU", SETUP)
-    return Check(name, "ok", kind)
+    return Check(name, "ok", "CUDA" if is_cuda else "CPU")
 
 
 def check_cpu() -> Check:

@@ -25,7 +25,7 @@ LAYERS = (
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
-RUNTIME_MAY_IMPORT = {"numpy", "safetensors", "medscale.errors", "medscale.manifest", "medscale.storage"}
+RUNTIME_MAY_IMPORT = {"numpy", "medscale.errors", "medscale.manifest", "medscale.storage"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base", "misc", "logging", "types", "typing", "random", "io"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 

@@ -27,8 +27,8 @@ from medscale.model.scoring import Scorer
 
 __all__ = ["SLICE_NUMBERS", "PrefixScan", "prefix_scan"]
 
-#: differences [x, P, K, C] computed at once: what stays in a core's caches. Slices with recomputation ran
-#: 1.5x as fast as whole tensors, and a step's memory no longer grows with its positives
+#: differences [x, P, K, C] computed at once: what stays in a core's caches, where slices with recomputation beat
+#: whole tensors; and a step's memory does not grow with its positives
 SLICE_NUMBERS = 1 << 19
 
 

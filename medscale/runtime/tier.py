@@ -36,7 +36,8 @@ names.safetensors holds for X = entity and X = relation: "X_order" I64 [n], the 
 bytes; "X_offsets" I64 [n + 1]; "X_bytes" U8: name i is the UTF-8 bytes [offsets[i], offsets[i + 1]).
 
 facts: run, step, graph, graph_sha256 (where it comes from); tier, dim (units), tiers {name: dim} of the whole
-chain; scorer, norm, damping, dims (boundaries of the levels up to `dim`), reciprocal; unit_columns,
+chain; scorer, norm, dims (boundaries of the levels up to `dim`), damping (one kappa per level above the first:
+a level's own sum + kappa x the score of the level below), reciprocal; unit_columns,
 relation_unit_columns, units, columns, relation_columns; dtype ("float32"); num_entities, num_relations,
 shard_rows.
 """
