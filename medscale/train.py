@@ -40,6 +40,8 @@ def train(job: Job, graph: Graph, run_directory: Path, *, resume: str | None = N
         trainer = Trainer(job, graph, run_directory, device)
         checkpoint = find_resumable(run_directory, resume or job.checkpoint.resume)
         if checkpoint is None:
+            if (run_directory / "metrics.jsonl").exists():
+                log(f"{run_directory} was begun before, but holds no checkpoint: starting at step 0")
             trainer.initialise()
         else:
             trainer.resume(checkpoint)
