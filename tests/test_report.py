@@ -58,7 +58,7 @@ def test_command(run_directory: Path, capsys: pytest.CaptureFixture[str], monkey
     headings = ("tier", "dim", "units", "MRR", "Hits@1", "Hits@3", "Hits@10", "bytes", "ms per 1000 look-ups")
     places = [text.index(heading) for heading in headings]
     assert places == sorted(places)
-    assert "filtered, both sides, realistic ties, all entities" in " ".join(text.split())
+    assert "both sides: filtered by train+valid+test, realistic ranks for ties, all entities" in " ".join(text.split())
     assert report.main([str(job), f"--runs-dir={run_directory.parent}", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["tier"] for line in lines] == ["phone", "server"]
