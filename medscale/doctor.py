@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from medscale.errors import UnsupportedError
+from medscale.logs import console
 from medscale.options import add_directories, run_command
 
 __all__ = ["Check", "check_all", "main"]
@@ -301,7 +301,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     else:
-        Console().print(_table(checks))
+        console().print(_table(checks))
     problems = sum(check.status == "problem" for check in checks)
     if problems:
         raise UnsupportedError(f"{problems} of {len(checks)} checks found a problem")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from medscale.checkpoint import Tables, newest_checkpoint, open_tables
@@ -25,7 +24,7 @@ from medscale.distributed import choose_device, choose_threads
 from medscale.errors import CheckpointError, GraphError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
-from medscale.logs import log, progress
+from medscale.logs import console, log, progress
 from medscale.model.embedding import TableRows
 from medscale.options import job_parser, run_command
 from medscale.ranking import (
@@ -119,7 +118,7 @@ def _write_csv(path: Path, rows: Any) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
-def print_table(records: Sequence[dict[str, Any]], summary: dict[str, Any], console: Console | None = None) -> None:
+def print_table(records: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
     """Print one line per sub-model: the field's protocol, both sides, and the paper's MRR beside it."""
     table = Table(title=f"{summary['job']}, step {summary['step']:,}, {summary['split']}", caption=(
         f"{summary['triples_ranked']:,} of {summary['triples_in_split']:,} triples, both sides; {PROTOCOL}"
@@ -149,7 +148,7 @@ def print_table(records: Sequence[dict[str, Any]], summary: dict[str, Any], cons
             f"{summary['parameters_million'][dim]:.3f}",
             f"{summary['effi_mrr_per_million_parameters'][dim]:.3f}",
         )  # fmt: skip
-    (console or Console()).print(table)
+    console().print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from medscale.checkpoint import Tables, newest_checkpoint, open_tables
@@ -14,7 +13,7 @@ from medscale.config import Job
 from medscale.errors import ConfigError, ExportError
 from medscale.graph.reader import open_graph
 from medscale.jobfile import load_job
-from medscale.logs import progress
+from medscale.logs import console, progress
 from medscale.options import job_parser, run_command
 from medscale.split import ModelFacts, WrittenTier, check_tiers, write_export
 
@@ -45,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> None:
     written = export_run(
         job, runs_dir=arguments.runs_dir, graphs_dir=arguments.graphs_dir, tiers=tiers, step=arguments.step
     )
-    Console().print(_table(written))
+    console().print(_table(written))
     print(arguments.runs_dir / job.name / "export")
 
 

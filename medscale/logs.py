@@ -8,14 +8,25 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-__all__ = ["LINE_SECONDS", "Advance", "log", "progress"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["LINE_SECONDS", "Advance", "console", "log", "progress"]
 
 #: called with how many more units are done
 Advance = Callable[[int], None]
 
 #: seconds between two plain lines of a stage's progress
 LINE_SECONDS = 10.0
+
+
+def console() -> "Console":
+    """Return where tables are printed: stdout, as wide as the terminal, or 120 columns where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def log(message: str) -> None:

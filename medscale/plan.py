@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from medscale.config import Job
@@ -21,6 +20,7 @@ from medscale.graph.census import take_census
 from medscale.graph.reader import open_graph
 from medscale.graph.synthetic import RELATIONS, kind_sizes
 from medscale.jobfile import load_job
+from medscale.logs import console
 from medscale.model.layout import Layout, layout_of
 from medscale.model.prefix import SLICE_NUMBERS
 from medscale.options import job_parser, run_command
@@ -245,26 +245,26 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _print(job: Job, size: GraphSize, predicted: Plan, runs_directory: Path) -> None:
-    console = Console()
-    console.print(
+    out = console()
+    out.print(
         f"graph {job.graph_name}: {size.num_entities:,} entities, {size.num_relations:,} relations, "
         f"{size.num_train:,} training triples ({size.source})"
     )
     about = "" if predicted.steps_are_exact else "at most "
     total = f"{about}{predicted.total_steps:,} steps in {job.train.epochs:,} epochs"
-    console.print(f"{about}{predicted.steps_per_epoch:,} steps per epoch, {total}")
+    out.print(f"{about}{predicted.steps_per_epoch:,} steps per epoch, {total}")
     memory = Table(title="memory", caption=f"of {_gib(memory_limit(job))} GiB that the job may count on")
     memory.add_column("what")
     memory.add_column("MiB", justify="right")
     for part, number in [*predicted.memory.items(), ("together", sum(predicted.memory.values()))]:
         memory.add_row(part, f"{number / MIB:,.1f}")
-    console.print(memory)
+    out.print(memory)
     tiers = Table(title="tiers")
     for heading in ("tier", "units", "parameters", "MiB as float32"):
         tiers.add_column(heading, justify="left" if heading == "tier" else "right")
     for tier, parameters in predicted.parameters.items():
         tiers.add_row(tier, str(job.model.tiers[tier]), f"{parameters:,}", f"{parameters * FLOAT / MIB:,.1f}")
-    console.print(tiers)
+    out.print(tiers)
     run = runs_directory / job.name
     files = Table(title="files to be written", caption="checkpoints: kept ones, the best one, and one being written")
     files.add_column("where")
@@ -273,7 +273,7 @@ def _print(job: Job, size: GraphSize, predicted: Plan, runs_directory: Path) -> 
     for part, number in predicted.disk.items():
         files.add_row(places[part], f"{number / MIB:,.1f}")
     files.add_row(f"{run}/job.yaml, metrics.jsonl, tensorboard/, evaluation*.json", "a few")
-    console.print(files)
+    out.print(files)
 
 
 def _gib(number: int) -> str:

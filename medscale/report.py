@@ -11,13 +11,13 @@ from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from medscale.config import Job
 from medscale.errors import ExportError, MedscaleError
 from medscale.evaluate import PROTOCOL
 from medscale.jobfile import load_job
+from medscale.logs import console
 from medscale.manifest import MANIFEST, read_manifest
 from medscale.options import job_parser, run_command
 from medscale.runtime.tier import TIER_FORMAT, TIER_KIND, Tier
@@ -144,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for line in lines:
             print(json.dumps(asdict(line)))
     else:
-        Console().print(tiers_table(job.name, lines))
+        console().print(tiers_table(job.name, lines))
     return 0
 
 
