@@ -6,10 +6,11 @@ round: manifest, sizes, hashes, and only then DCP, which would load flipped bits
 `.metadata`.
 """
 
+import contextlib
 import itertools
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +113,8 @@ def save(run_directory: Path, state: Mapping[str, Any], facts: Mapping[str, Any]
         return final
     try:
         with staging_directory(final) as draft:
-            dcp.save(dict(state), checkpoint_id=draft / _STATE)
+            with _quiet():
+                dcp.save(dict(state), checkpoint_id=draft / _STATE)
             fault_point("after-shard")
             write_manifest(draft, "checkpoint", FORMAT, facts)
             commit_directory(draft, final)
@@ -128,6 +130,15 @@ def _root_cause(error: BaseException) -> str:
     return str(error)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what DCP says of itself: that it reads without a process group, as asked, and what it will deprecate."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
+        yield
+
+
 def load(checkpoint: Checkpoint, state: dict[str, Any], *, collective: bool) -> None:
     """Fill the tensors of `state` in place from a verified checkpoint.
 
@@ -136,9 +147,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], *, collective: bool) -> 
 
     """
     try:
-        with warnings.catch_warnings():
-            # DCP announces that it reads without a process group, which is what is asked of it.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        with _quiet():
             dcp.load(state, checkpoint_id=checkpoint.directory / _STATE, no_dist=not collective)
     except (CheckpointException, OSError, RuntimeError, ValueError) as cause:
         raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {_root_cause(cause)}") from cause

@@ -13,7 +13,7 @@ VERBS = {
     "prepare": "turn raw files, or a generator, into a graph directory; `train` does it the first time",
     "plan": "say what a job will need (memory, parameters, steps, files) before anything runs",
     "train": "run a whole job: prepare, train, evaluate, export; goes on where an earlier run stopped",
-    "evaluate": "rank the test split at every sub-model, from the best checkpoint",
+    "evaluate": "rank a split at every sub-model, from the best checkpoint",
     "export": "cut the tiers out of a checkpoint into files to ship",
     "report": "one table of a finished run: tier, quality, bytes, look-up time",
     "doctor": "check this machine and its libraries, and say how to repair what is wrong",

@@ -270,7 +270,7 @@ class RuntimeSection:
 
     device: Literal["auto", "cpu", "cuda"] = key("auto", "`auto`: CUDA where there is a GPU")
     threads: int | None = key(None, "CPU threads; default: all cores", minimum=1)
-    memory_gib: float | None = key(None, "memory that the job may count on; default: what the machine has", above=0)
+    memory_gib: float | None = key(None, "memory that the job may count on; default: what is free", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,8 @@ def print_table(records: Sequence[dict[str, Any]], summary: dict[str, Any]) -> N
     table = Table(title=f"{summary['job']}, step {summary['step']:,}, {summary['split']}", caption=(
         f"{summary['triples_ranked']:,} of {summary['triples_in_split']:,} triples, both sides; {PROTOCOL}"
         f"{'; triples with unseen entities were dropped' if summary['unseen_dropped'] else ''}. "
-        f"Ability retention {summary['ability_retention_ratio']:.3f}."
+        f"Ability retention {summary['ability_retention_ratio']:.3f}: of the queries that some sub-model answers among "
+        "its first ten, the share that every larger one answers too. Effi: MRR per million parameters."
     ))  # fmt: skip
     for heading in (
         "dim",

@@ -61,11 +61,16 @@ class Display:
     def __init__(self, total_steps: int, steps_per_epoch: int) -> None:
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.quality = ""
-        self.last = time.monotonic()
+        #: when the last line was shown; the first step is always due
+        self.last = -LINE_SECONDS
+
+    def due(self) -> bool:
+        """Whether to show a step between those that are logged: the first one, and one every few seconds."""
+        return time.monotonic() - self.last >= LINE_SECONDS
 
     def update(self, step: int, triples_per_second: float, terms: Mapping[str, float]) -> None:
         """Show a step's numbers; steps count from 1."""
-        if time.monotonic() - self.last >= LINE_SECONDS:
+        if self.due():
             self.last = time.monotonic()
             log(self._line(step, triples_per_second, terms))
 
@@ -91,6 +96,7 @@ class _LiveDisplay(Display):
         self.bar, self.task = bar, bar.add_task("", total=total_steps)
 
     def update(self, step: int, triples_per_second: float, terms: Mapping[str, float]) -> None:
+        self.last = time.monotonic()
         self.bar.update(self.task, completed=step, description=self._line(step, triples_per_second, terms))
 
     def validated(self, line: str, quality: str) -> None:

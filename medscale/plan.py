@@ -5,7 +5,6 @@ themselves take. A job whose parts do not fit is refused with the number that br
 """
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -165,7 +164,8 @@ def require_fit(job: Job, predicted: Plan, runs_directory: Path) -> None:
         largest = max(predicted.disk, key=lambda part: predicted.disk[part])
         raise CapacityError(
             f"job {job.name} writes {_gib(written)} GiB, but {_existing(runs_directory)} has {_gib(free)} GiB free; "
-            f"the largest part is {largest} with {_gib(predicted.disk[largest])} GiB. Free some, or use --runs-dir"
+            f"the largest part is {largest} with {_gib(predicted.disk[largest])} GiB. Free some, use --runs-dir,"
+            " or lower checkpoint.keep"
         )
 
 
@@ -179,13 +179,14 @@ _ADVICE = {
 
 
 def memory_limit(job: Job) -> int:
-    """Return the bytes that a job may count on: the job's word, the container's limit, or the machine's memory."""
+    """Return the bytes that a job may count on: the job's word, or what is free, within a container's limit."""
     if job.runtime.memory_gib is not None:
         return int(job.runtime.memory_gib * 2**30)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(machine, int(text)) if text.isdigit() else machine
+    return min(free, int(text)) if text.isdigit() else free
 
 
 def size_of(job: Job, graphs_directory: Path, data_root: Path) -> GraphSize:

@@ -141,10 +141,12 @@ class Trainer:
                 terms = self.train_step(batch)
                 trained += batch.num_triples
                 step = self.progress.step
-                if step % self.job.train.log_every == 0 or step == self.total_steps:
-                    rate = trained / (time.monotonic() - clock)
-                    run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1)})
+                logged = step % self.job.train.log_every == 0 or step == self.total_steps
+                rate = trained / (time.monotonic() - clock)
+                if logged or display.due():
                     display.update(step, rate, terms.means())
+                if logged:
+                    run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1)})
                     clock, trained = time.monotonic(), 0.0
                 if self._validation_due():
                     display.validated(*self._validate(run_log))

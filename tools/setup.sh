@@ -53,5 +53,5 @@ install_everything() (
     echo "$wanted" > "$venv/medscale-setup"
 )
 
-[ "$(cat "$venv/medscale-setup" 2>/dev/null)" = "$wanted" ] || install_everything
+[ "$(cat "$venv/medscale-setup" 2>/dev/null)" = "$wanted" ] || install_everything >&2
 export PATH="$venv/bin:$PATH"
