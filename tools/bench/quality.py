@@ -65,7 +65,6 @@ def result(run_directory: Path, seconds: float) -> dict[str, Any]:
         "job": (run_directory / "job.yaml").read_text(),
         "wall_seconds": round(seconds, 1),
         "epochs_trained": steps[-1]["epoch"],
-        "steps_trained": steps[-1]["step"],
         "triples_per_s": sorted(m["triples_per_s"] for m in steps)[len(steps) // 2],
         "summary": summary,
         "curve": [{k: m[k] for k in ("epoch", "step", "mrr")} for m in metrics if m["kind"] == "valid"],

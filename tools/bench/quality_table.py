@@ -28,7 +28,8 @@ def lines(result: dict[str, Any], shown: int = 6) -> Iterator[str]:
     if summary["triples_ranked"] < summary["triples_in_split"]:
         ranked += f" of {summary['triples_in_split']:,}"
     cores = f"{environment['cores']} core" + ("s" if environment["cores"] > 1 else "")
-    run = f"{result['steps_trained']:,} steps (epoch {result['epochs_trained']}), {result['wall_seconds'] / 60:.1f} min, {cores}"
+    steps = f"{summary['step']:,} steps (epoch {result['epochs_trained']})"
+    run = f"{steps}, {result['wall_seconds'] / 60:.1f} min, {cores}"
     paper = paper_mrr(summary["job"])
     for number, dim in enumerate(dims):
         r = both[dim]
