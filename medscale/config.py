@@ -85,6 +85,8 @@ class GraphSection:
     literals: Literal["drop", "keep"] = key(
         "drop", "N-Triples: triples whose object is a literal are dropped and counted, or kept as entities"
     )
+    head_type_column: str | None = key(None, "column of the triple files that holds the head's type; optional")
+    tail_type_column: str | None = key(None, "column of the triple files that holds the tail's type; optional")
     entity_types: str | None = key(None, "file of (entity, type) rows, in the same formats; optional")
     valid_fraction: float = key(0.0, "share of triples split off for validation", minimum=0, maximum=0.5)
     test_fraction: float = key(0.0, "share of triples split off for testing", minimum=0, maximum=0.5)
@@ -351,8 +353,12 @@ def _graph_conflicts(graph: GraphSection) -> Iterator[tuple[str, str]]:
     ):
         if files and fraction:
             yield f"graph.{split}_fraction", f"excludes graph.{split}: give files or a fraction"
-    for role in ("head_column", "relation_column", "tail_column"):
+    for role in ("head_column", "relation_column", "tail_column", "head_type_column", "tail_type_column"):
         name = getattr(graph, role)
+        if name is None:
+            continue
+        if graph.format == "ntriples" and "type" in role:
+            yield f"graph.{role}", "N-Triples have no columns; give graph.entity_types"
         if not graph.header and graph.format in ("tsv", "csv", "auto") and name not in graph.columns:
             yield f"graph.{role}", f"{name!r} is not one of graph.columns {list(graph.columns)}"
     if len({graph.head_column, graph.relation_column, graph.tail_column}) < 3:

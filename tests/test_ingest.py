@@ -534,3 +534,16 @@ def test_too_little_memory_says_which_key(tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match=r"graph\.memory_mib = 4"):
         ingest(section, name="toy", seed=0, data_root=tmp_path, directory=tmp_path / "graphs" / "toy")
     assert nothing_left(tmp_path)
+
+
+def test_type_columns_of_the_triples(tmp_path: Path) -> None:
+    rows = ["h,ht,r,t,tt", "ann,person,buys,tea,product", "bob,person,buys,tea,product", "ann,buyer,knows,bob,person"]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    graph = build(
+        tmp_path, train=("t.csv",), format="auto", header=True, head_column="h", relation_column="r", tail_column="t",
+        head_type_column="ht", tail_type_column="tt",
+    )  # fmt: skip
+    names, table = graph.entity_names().to_pylist(), graph.entity_types()
+    assert table is not None
+    found = {(names[row["entity"]], row["type"]) for row in table.to_pylist()}
+    assert found == {("ann", "person"), ("ann", "buyer"), ("bob", "person"), ("tea", "product")}

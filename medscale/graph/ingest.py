@@ -46,7 +46,14 @@ from medscale.graph.schema import (
     open_parquet,
     open_writer,
 )
-from medscale.graph.sources import RawFile, RawLayout, entity_types_layout, find_files, triples_layout
+from medscale.graph.sources import (
+    RawFile,
+    RawLayout,
+    entity_types_layout,
+    find_files,
+    triples_layout,
+    type_columns_layouts,
+)
 from medscale.graph.vocab import number_names
 from medscale.logs import Advance, log
 from medscale.logs import progress as show_progress
@@ -101,6 +108,8 @@ def ingest(
     types = find_files(_given(section.entity_types), section, data_root, "graph.entity_types")
     layout = triples_layout(section)
     typed = [(file, _types_layout(section, file)) for file in types]
+    in_triples = type_columns_layouts(section)
+    typed += [(file, where) for where in in_triples for split in SPLITS for file in files[split]]
     _check_layouts([*((file, layout) for split in SPLITS for file in files[split]), *typed])
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -421,8 +430,10 @@ def _write_types(
     for file, layout in typed:
         roles = ", ".join(layout.roles)
         for rows in read_rows(file, layout):
-            num_rows += len(rows.names["entity"])
-            _insert(database, [pa.table(rows.names)], f"raw_types ({roles}) SELECT {roles}")
+            # Type columns of triples repeat an entity's type with every triple of it.
+            distinct = pa.table(rows.names).group_by(list(layout.roles)).aggregate([])
+            num_rows += len(distinct)
+            _insert(database, [distinct], f"raw_types ({roles}) SELECT {roles}")
     known = "raw_types JOIN entities ON raw_types.entity = entities.name"
     num_unknown = num_rows - _number(database.execute(f"SELECT count(*) FROM {known}"))
     query = f"SELECT DISTINCT id, type, label FROM {known} ORDER BY id, type, label"

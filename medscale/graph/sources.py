@@ -8,7 +8,15 @@ from typing import Literal
 from medscale.config import GraphSection
 from medscale.errors import GraphError
 
-__all__ = ["Format", "RawFile", "RawLayout", "entity_types_layout", "find_files", "triples_layout"]
+__all__ = [
+    "Format",
+    "RawFile",
+    "RawLayout",
+    "entity_types_layout",
+    "find_files",
+    "triples_layout",
+    "type_columns_layouts",
+]
 
 Format = Literal["tsv", "csv", "parquet", "ntriples"]
 
@@ -51,6 +59,13 @@ def triples_layout(section: GraphSection) -> RawLayout:
     """Return where a job's triples files hold head, relation and tail."""
     columns = (section.head_column, section.relation_column, section.tail_column)
     return RawLayout(("head", "relation", "tail"), columns, None if section.header else section.columns)
+
+
+def type_columns_layouts(section: GraphSection) -> list[RawLayout]:
+    """Return where a job's triples files hold the types of heads and of tails, as far as they do."""
+    given = ((section.head_column, section.head_type_column), (section.tail_column, section.tail_type_column))
+    names = None if section.header else section.columns
+    return [RawLayout(("entity", "type"), (entity, kind), names) for entity, kind in given if kind is not None]
 
 
 def entity_types_layout(section: GraphSection, num_columns: int) -> RawLayout:
