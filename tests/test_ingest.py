@@ -547,3 +547,10 @@ def test_type_columns_of_the_triples(tmp_path: Path) -> None:
     assert table is not None
     found = {(names[row["entity"]], row["type"]) for row in table.to_pylist()}
     assert found == {("ann", "person"), ("ann", "buyer"), ("bob", "person"), ("tea", "product")}
+
+
+def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(GraphError) as caught:
+        build(tmp_path, train=("a.tsv",), valid=("b.tsv",), entity_types="c.tsv")
+    for name in ("graph.train: no file 'a.tsv'", "graph.valid: no file 'b.tsv'", "graph.entity_types: no file 'c.tsv'"):
+        assert name in str(caught.value)

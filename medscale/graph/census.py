@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from medscale.config import GraphSection
 from medscale.graph.raw import read_rows
 from medscale.graph.schema import SPLITS
-from medscale.graph.sources import find_files, triples_layout
+from medscale.graph.sources import find_all_files, triples_layout
 
 __all__ = ["Census", "take_census"]
 
@@ -34,8 +34,9 @@ def take_census(section: GraphSection, data_root: Path) -> Census:
     layout = triples_layout(section)
     entities, relations = pa.array([], pa.string()), pa.array([], pa.string())
     counts = dict.fromkeys(SPLITS, 0)
+    files = find_all_files(section, data_root)
     for split in SPLITS:
-        for file in find_files(getattr(section, split), section, data_root, f"graph.{split}"):
+        for file in files[split]:
             for rows in read_rows(file, layout, literals=section.literals):
                 head, relation, tail = (rows.names[role] for role in ("head", "relation", "tail"))
                 entities = _merged(entities, head, tail)

@@ -50,7 +50,7 @@ from medscale.graph.sources import (
     RawFile,
     RawLayout,
     entity_types_layout,
-    find_files,
+    find_all_files,
     triples_layout,
     type_columns_layouts,
 )
@@ -104,8 +104,8 @@ def ingest(
 
     """
     assert section.synthetic is None, "prepare writes the raw files of a generated graph first"
-    files = {split: find_files(getattr(section, split), section, data_root, f"graph.{split}") for split in SPLITS}
-    types = find_files(_given(section.entity_types), section, data_root, "graph.entity_types")
+    files = find_all_files(section, data_root)
+    types = files.pop("entity_types")
     layout = triples_layout(section)
     typed = [(file, _types_layout(section, file)) for file in types]
     in_triples = type_columns_layouts(section)
@@ -153,10 +153,6 @@ def source_of(section: GraphSection, seed: int) -> dict[str, Any]:
         del source[key]
     seeded = section.synthetic is not None or section.valid_fraction or section.test_fraction
     return _as_json({**source, "seed": seed if seeded else None})  # type: ignore[no-any-return]
-
-
-def _given(pattern: str | None) -> list[str]:
-    return [pattern] if pattern else []
 
 
 def _as_json(value: Any) -> Any:

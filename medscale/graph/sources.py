@@ -7,13 +7,14 @@ from typing import Literal
 
 from medscale.config import GraphSection
 from medscale.errors import GraphError
+from medscale.graph.schema import SPLITS
 
 __all__ = [
     "Format",
     "RawFile",
     "RawLayout",
     "entity_types_layout",
-    "find_files",
+    "find_all_files",
     "triples_layout",
     "type_columns_layouts",
 ]
@@ -74,8 +75,29 @@ def entity_types_layout(section: GraphSection, num_columns: int) -> RawLayout:
     return RawLayout(columns, columns, None if section.header else columns)
 
 
+def find_all_files(section: GraphSection, data_root: Path) -> dict[str, list[RawFile]]:
+    """Return the files of every key of a job that names some: "train", "valid", "test", "entity_types".
+
+    Raises:
+        GraphError: as `find_files`, but for all keys at once.
+
+    """
+    named = {split: getattr(section, split) for split in SPLITS}
+    named["entity_types"] = (section.entity_types,) if section.entity_types else ()
+    found: dict[str, list[RawFile]] = {}
+    problems: list[str] = []
+    for key, patterns in named.items():
+        try:
+            found[key] = find_files(patterns, section, data_root, f"graph.{key}")
+        except GraphError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise GraphError("; ".join(dict.fromkeys(problems)))
+    return found
+
+
 def find_files(patterns: Sequence[str], section: GraphSection, data_root: Path, key: str) -> list[RawFile]:
-    """Return the files that a key of the job names, globs expanded, in the order of names per pattern.
+    """Return the files that one key of the job names, globs expanded, in the order of names per pattern.
 
     Raises:
         GraphError: the data root or a file is missing, a name leads out of the root, or a format is unknown.
