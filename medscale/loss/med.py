@@ -67,7 +67,7 @@ def negative_weights(evidence_nXPK: Tensor, w2: Tensor, keep_XPK: Tensor | None,
     """Weights [n, X, P, K] of negatives, softmax of w2 x evidence (equation 4), summing to 1 per sub-model.
 
     Over "positive": within each positive's K negatives, every positive counting the same (as self-adversarial
-    sampling does). Over "batch": one softmax over all negatives, the letter of the paper, and far worse.
+    sampling does). Over "batch": one softmax over all negatives, the letter of the paper.
     Candidates that `keep_XPK` marks False weigh 0.
     """
     exponent_nXPK = w2 * evidence_nXPK.detach()
@@ -83,9 +83,8 @@ def negative_weights(evidence_nXPK: Tensor, w2: Tensor, keep_XPK: Tensor | None,
 def mutual_huber(smaller_pT: Tensor, larger_pT: Tensor) -> Tensor:
     """Mutual learning between p pairs of neighbours [p]: Huber (delta 1), mean over T triples (equation 2).
 
-    The paper sums over triples, which swamps every other term. Gradient flows into whatever is not detached:
-    both ways, or, with a detached `larger_pT`, the larger teaches the smaller only, which was best at every
-    dim and free at the top.
+    The paper sums over triples; a mean keeps this term comparable with the others, whose weights sum to 1. Gradient
+    flows into whatever is not detached: both ways, or, with a detached `larger_pT`, the larger teaches the smaller.
     """
     return F.huber_loss(smaller_pT, larger_pT, reduction="none", delta=1.0).mean(1)
 

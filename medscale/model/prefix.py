@@ -27,8 +27,8 @@ from medscale.model.scoring import Scorer
 
 __all__ = ["SLICE_NUMBERS", "PrefixScan", "prefix_scan"]
 
-#: differences [x, P, K, C] computed at once: what stays in a core's caches, where slices with recomputation beat
-#: whole tensors; and a step's memory does not grow with its positives
+#: differences [x, P, K, C] computed at once, few enough to stay in a core's caches; with recomputation in the
+#: backward pass, a step's memory does not grow with its positives either
 SLICE_NUMBERS = 1 << 19
 
 
