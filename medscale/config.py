@@ -272,6 +272,11 @@ class RuntimeSection:
 
     device: Literal["auto", "cpu", "cuda"] = key("auto", "`auto`: CUDA where there is a GPU")
     threads: int | None = key(None, "CPU threads; default: all cores", minimum=1)
+    kernels: Literal["auto", "torch"] = key(
+        "auto",
+        "scores, losses and ranks: `auto` by fused kernels (C++ on a CPU, Triton on a GPU), which are many times "
+        "faster; `torch` by plain torch, which needs no C++ compiler",
+    )
     memory_gib: float | None = key(None, "memory that the job may count on; default: what is free", above=0)
 
 

@@ -17,19 +17,15 @@ from torch import Tensor
 from medscale.batches.corruption import Corruption, CorruptionBatch
 from medscale.batches.queries import QueryBatch
 from medscale.config import Job, uses_neighbours
-from medscale.loss.bce import binary_cross_entropy, logits_of
-from medscale.loss.med import (
-    ScalingParameters,
-    dynamic_weights,
-    mutual_divergence,
-    mutual_huber,
-    negative_weights,
-    positive_weights,
-)
+from medscale.loss.bce import logits_of
+from medscale.loss.fused import Kernels
+from medscale.loss.med import ScalingParameters, dynamic_weights, mutual_divergence, positive_weights
+from medscale.loss.negatives import NegativeConstants, mutual_sums, negative_losses
 from medscale.loss.regularizer import column_strengths, row_penalties
 from medscale.loss.softmax import log_probabilities, target_log_probabilities
 from medscale.model.layout import Layout
 from medscale.model.prefix import PrefixScan, prefix_scan
+from medscale.model.rows import Rows, add_rows
 from medscale.seed import generator
 
 __all__ = ["Objective", "Terms"]
@@ -78,93 +74,104 @@ class Objective(torch.nn.Module):
             column_strengths(job.loss.regularizer_weights, layout.dims, columns).to(device)
             for columns in (layout.scorer.unit_columns, layout.scorer.relation_unit_columns)
         )
+        self.kernels = Kernels(device) if job.runtime.kernels == "auto" else None
         self._scan_of = functools.lru_cache(maxsize=64)(self._make_scan)
 
-    def forward(self, batch: CorruptionBatch | QueryBatch, rows_UC: Tensor, relations_RC: Tensor, step: int) -> Terms:
-        """Return the terms of a step's batch; `rows_UC` are the rows of its `entities_U`."""
+    def rows(self, looked_up_UC: Tensor) -> Rows:
+        """Return a step's rows, ready to gather their gradient."""
+        return Rows(looked_up_UC, self.kernels.pairs.add_rows if self.kernels else add_rows)
+
+    def forward(self, batch: CorruptionBatch | QueryBatch, rows: Rows, relations_RC: Tensor, step: int) -> Terms:
+        """Return the terms of a step's batch; `rows` are those of its `entities_U`."""
         if isinstance(batch, QueryBatch):
-            return self._softmax_terms(batch, rows_UC, relations_RC, step)
-        return self._binary_terms(batch, rows_UC, relations_RC, step)
+            return self._softmax_terms(batch, rows, relations_RC, step)
+        return self._binary_terms(batch, rows, relations_RC, step)
 
     # -- binary losses ------------------------------------------------------------------------------------
 
-    def _binary_terms(self, batch: CorruptionBatch, rows_UC: Tensor, relations_RC: Tensor, step: int) -> Terms:
+    def _binary_terms(self, batch: CorruptionBatch, rows: Rows, relations_RC: Tensor, step: int) -> Terms:
         """Binary cross-entropy; neighbours are those of the full list, since the one pass gives them for free."""
         chosen = self._chosen(step)
-        scan = self._scan_of(tuple(range(len(self.layout.dims))))
-        total = sum(c.num_positives for c in batch.corruptions)
-        hard = rows_UC.new_zeros(len(chosen))
-        mutual = rows_UC.new_zeros(len(self._taught(chosen)))
+        constants = self._negative_constants(chosen)
+        weights_n = self._loss_weights()
+        weights_n = weights_n * torch.tensor([float(i in chosen) for i in range(len(weights_n))]).to(weights_n)
+        num_positives = sum(c.num_positives for c in batch.corruptions)
+        total, penalty = self.scaling.barrier(), weights_n.new_zeros(())
+        hard_n, mutual_n = torch.zeros_like(weights_n), torch.zeros_like(weights_n)
         for corruption in batch.corruptions:
-            share = corruption.num_positives / total
-            part_hard, part_mutual = self._corruption_losses(corruption, scan, chosen, rows_UC, relations_RC)
-            hard = hard + share * part_hard
-            mutual = mutual + share * part_mutual
-        triples = [(c.known_XP, c.relation_XP, c.target_XP) for c in batch.corruptions]
-        known, relation, target = (torch.cat([t[i].flatten() for t in triples]) for i in range(3))
-        penalty = self._penalty(rows_UC, relations_RC, known, relation, target)
+            share = corruption.num_positives / num_positives
+            loss, *parts = self._corruption_terms(corruption, constants, rows, relations_RC, share, weights_n)
+            total = total + loss
+            hard_n, mutual_n, penalty = (a + share * b for a, b in zip((hard_n, mutual_n, penalty), parts, strict=True))
         dims = self.layout.dims
-        return self._combine(hard, [dims[i] for i in chosen], mutual, [dims[i] for i in self._taught(chosen)], penalty)
+        taught = [i for i, is_taught in enumerate(constants.taught) if is_taught]
+        return Terms(
+            hard_n[chosen], tuple(dims[i] for i in chosen), mutual_n[taught], tuple(dims[i] for i in taught), penalty,
+            self.scaling.barrier(), total + penalty,
+        )  # fmt: skip
 
-    def _corruption_losses(
-        self, c: Corruption, scan: PrefixScan, chosen: Sequence[int], rows_UC: Tensor, relations_RC: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return (hard loss of each chosen sub-model, mutual loss of each pair) of one corruption."""
+    def _corruption_terms(
+        self, c: Corruption, constants: NegativeConstants, rows: Rows, relations_RC: Tensor, share: float,
+        weights_n: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Return one corruption's share of the loss, and its (hard [n], mutual [n], penalty)."""
         scorer, med = self.layout.scorer, self.job.med
+        scan = self._scan_of(tuple(range(len(self.layout.dims))))
         relation_XPC = _gather(relations_RC, c.relation_XP)
-        query_XPC = scorer.query(_gather(rows_UC, c.known_XP), relation_XPC, c.side)
+        known_XPC, target_RC = rows.take(c.known_XP), rows.take(c.target_XP.flatten())
+        query_XPC = scorer.query(known_XPC, relation_XPC, c.side)
         scale_XPC = scorer.scale(relation_XPC, c.side) if scorer.scale else None
-        flat = (query_XPC.flatten(0, 1), _gather(rows_UC, c.target_XP.flatten()))
-        positive_nR = scan.pair_scores(*flat, None if scale_XPC is None else scale_XPC.flatten(0, 1))
-        negative_nXPK = scan.scores(query_XPC, _gather(rows_UC, c.candidates_XK), scale_XPC)
-        logit_nR, logit_nXPK = self.logits(positive_nR), self.logits(negative_nXPK)
-
+        query_RC, scale_RC = query_XPC.flatten(0, 1), None if scale_XPC is None else scale_XPC.flatten(0, 1)
         w1, w2, _ = self.scaling()
-        literal = med.form == "paper"
-        positive_evidence = positive_nR if literal else torch.sigmoid(logit_nR.detach())
-        negative_evidence = negative_nXPK if literal else logit_nXPK
-        weights_mR = positive_weights(self._evidence(positive_evidence, chosen), w1, form=med.form)
-        weights_mXPK = negative_weights(self._evidence(negative_evidence, chosen), w2, c.keep_XPK, over=med.normalize)
-        if med.evolution == "previous" and chosen[0] == 0:
-            weights_mR, weights_mXPK = _first_even(weights_mR), _first_even(weights_mXPK, c.keep_XPK)
-        hard_m = binary_cross_entropy(logit_nR[chosen], weights_mR, logit_nXPK[chosen], weights_mXPK)
-        return hard_m, self._mutual(logit_nR, logit_nXPK, chosen)
 
-    def _evidence(self, values_n: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Return what each chosen sub-model's weights depend on: constant, the previous scores, or its own."""
-        match self.job.med.evolution:
-            case "off":
-                return torch.full_like(values_n[chosen], -1.0).detach()
-            case "previous":
-                return values_n.detach()[[max(i - 1, 0) for i in chosen]]
-            case _:
-                return values_n.detach()[chosen]
+        if self.kernels is None:
+            positive_nR = scan.pair_scores(query_RC, target_RC, scale_RC)
+        else:
+            positive_nR = self.kernels.pair_scores(scan.levels, query_RC, target_RC, scale_RC)
+        logit_nR = self.logits(positive_nR)
+        evidence_nR = positive_nR.detach() if constants.raw else torch.sigmoid(logit_nR.detach())
+        constant_R = torch.full_like(evidence_nR[0], -1.0)
+        evidence_nR = torch.stack([evidence_nR[i] if i >= 0 else constant_R for i in constants.evidence])
+        hard_n = -(positive_weights(evidence_nR, w1, form=med.form) * F.logsigmoid(logit_nR)).sum(1)
+        mutual_n = mutual_sums(constants, logit_nR)
 
-    def _mutual(self, logit_nR: Tensor, logit_nXPK: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Return Huber losses [p] between each taught pair, mean over positives and negatives alike."""
-        larger = self._taught(chosen)
-        if not larger:
-            return logit_nR.new_zeros(0)
-        both = self.job.med.mutual == "both"
-        pieces = (logit_nR, logit_nXPK.flatten(1))
-        counts = [piece.shape[1] for piece in pieces]
-        losses = []
-        for piece in pieces:
-            teacher = piece[larger] if both else piece[larger].detach()
-            losses.append(mutual_huber(piece[[i - 1 for i in larger]], teacher))
-        return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))  # type: ignore[return-value]
+        # mutual learning is a mean over positives and negatives alike
+        count = len(query_RC) * (1 + c.candidates_XK.shape[1])
+        hard_weights_n, mutual_weights_n = (
+            share * weights_n,
+            torch.full_like(weights_n, share * med.mutual_weight / count),
+        )
+        total = (hard_weights_n * hard_n).sum() + (mutual_weights_n * mutual_n).sum()
+        if self.kernels is None:
+            negative_nXPK = scan.scores(query_XPC, rows.take(c.candidates_XK), scale_XPC)
+            negative_n, negative_mutual_n = negative_losses(constants, w2, negative_nXPK, c.keep_XPK)
+            loss = (hard_weights_n * negative_n).sum() + (mutual_weights_n * negative_mutual_n).sum()
+        else:
+            loss, negative_n, negative_mutual_n = self.kernels.corruption_loss(
+                scan.levels, constants, query_XPC, rows, c.candidates_XK, c.keep_XPK, scale_XPC, w2, hard_weights_n,
+                mutual_weights_n,
+            )  # fmt: skip
+        penalty = self._row_penalties(known_XPC.flatten(0, 1), relation_XPC.flatten(0, 1), target_RC)
+        return total + loss, hard_n + negative_n, (mutual_n + negative_mutual_n) / count, penalty
 
-    def _taught(self, chosen: Sequence[int]) -> list[int]:
-        """Return the larger sub-model of each pair that learns in this step."""
-        return [] if self.job.med.mutual == "off" else [i for i in chosen if i > 0]
+    def _negative_constants(self, chosen: Sequence[int]) -> NegativeConstants:
+        """Return whose scores weigh whose negatives, and who teaches whom, in a step that trains some sub-models."""
+        med, number = self.job.med, range(len(self.layout.dims))
+        # The smallest has no previous one: its weights are even.
+        evidence = {"off": [-1 for _ in number], "previous": [i - 1 for i in number], "own": list(number)}
+        return NegativeConstants(
+            logits=self.logits, evidence=tuple(evidence[med.evolution]),
+            taught=tuple(med.mutual != "off" and i > 0 and i in chosen for i in number), raw=med.form == "paper",
+            over_batch=med.normalize == "batch", both=med.mutual == "both",
+        )  # fmt: skip
 
     # -- softmax losses -----------------------------------------------------------------------------------
 
-    def _softmax_terms(self, batch: QueryBatch, rows_UC: Tensor, relations_RC: Tensor, step: int) -> Terms:
+    def _softmax_terms(self, batch: QueryBatch, rows: Rows, relations_RC: Tensor, step: int) -> Terms:
         """Cross-entropy over candidates; only chosen sub-models are scored, each a product of matrices."""
         chosen = self._chosen(step)
         scan, med, targets = self._scan_of(tuple(chosen)), self.job.med, batch.targets
-        scores = self._candidate_scores(batch, scan, chosen, rows_UC, relations_RC)
+        scores = self._candidate_scores(batch, scan, chosen, rows, relations_RC)
         pairs = [(a, a + 1) for a in range(len(chosen) - 1) if chosen[a + 1] == chosen[a] + 1]
         if med.mutual != "off" and pairs:
             logs = [log_probabilities(s, batch.bias_M) for s in scores]
@@ -172,28 +179,30 @@ class Objective(torch.nn.Module):
             mutual = torch.stack([mutual_divergence(logs[a], logs[b], both=med.mutual == "both") for a, b in pairs])
         else:
             log_mT = torch.stack([target_log_probabilities(s, batch.bias_M, targets) for s in scores])
-            mutual, pairs = rows_UC.new_zeros(0), []
+            mutual, pairs = rows.values_UC.new_zeros(0), []
         hard = -(self._answer_weights(log_mT, chosen) * log_mT).sum(1)
         known, relation = batch.known_Q[targets.query_T], batch.relation_Q[targets.query_T]
-        penalty = self._penalty(rows_UC, relations_RC, known, relation, targets.candidate_T)
-        return self._combine(hard, scan.dims, mutual, [scan.dims[b] for _, b in pairs], penalty)
+        penalty = self._penalty(rows.values_UC, relations_RC, known, relation, targets.candidate_T)
+        barrier = self.scaling.barrier()
+        total = (self._loss_weights()[chosen] * hard).sum() + med.mutual_weight * mutual.sum() + penalty + barrier
+        return Terms(hard, scan.dims, mutual, tuple(scan.dims[b] for _, b in pairs), penalty, barrier, total)
 
     def _candidate_scores(
-        self, batch: QueryBatch, scan: PrefixScan, chosen: Sequence[int], rows_UC: Tensor, relations_RC: Tensor
+        self, batch: QueryBatch, scan: PrefixScan, chosen: Sequence[int], rows: Rows, relations_RC: Tensor
     ) -> list[Tensor]:
         """Return logits [Q, M] of each chosen sub-model; a product's score is its logit."""
         scorer = self.layout.scorer
-        known_QC, relation_QR = _gather(rows_UC, batch.known_Q), _gather(relations_RC, batch.relation_Q)
+        known_QC, relation_QR = rows.take(batch.known_Q), _gather(relations_RC, batch.relation_Q)
         split = [batch.num_tail_queries, len(known_QC) - batch.num_tail_queries]
         (known_tails, known_heads), (for_tails, for_heads) = known_QC.split(split), relation_QR.split(split)
         queries = (scorer.query(known_tails, for_tails, "tail"), scorer.query(known_heads, for_heads, "head"))
         query_1QC = torch.cat(queries).unsqueeze(0)
         if not scorer.is_distance:
-            return [s.squeeze(0) for s in scan.product_scores(query_1QC, rows_UC.unsqueeze(0))]
+            return [s.squeeze(0) for s in scan.product_scores(query_1QC, rows.values_UC.unsqueeze(0))]
         scale_1QC = None
         if scorer.scale:
             scale_1QC = torch.cat([scorer.scale(for_tails, "tail"), scorer.scale(for_heads, "head")]).unsqueeze(0)
-        scores_mQM = scan.scores(query_1QC, rows_UC.unsqueeze(0), scale_1QC).squeeze(1)
+        scores_mQM = scan.scores(query_1QC, rows.values_UC.unsqueeze(0), scale_1QC).squeeze(1)
         return list(self.logits.of(chosen)(scores_mQM))
 
     def _answer_weights(self, log_mT: Tensor, chosen: Sequence[int]) -> Tensor:
@@ -213,26 +222,28 @@ class Objective(torch.nn.Module):
 
     # -- both ---------------------------------------------------------------------------------------------
 
-    def _combine(
-        self, hard: Tensor, dims: Sequence[int], mutual: Tensor, mutual_dims: Sequence[int], penalty: Tensor
-    ) -> Terms:
-        """Add up the terms (equation 6)."""
-        weights = torch.ones_like(hard)
-        if self.job.med.dynamic_weight:
-            sizes = torch.tensor([*dims, self.layout.dims[-1]], dtype=hard.dtype, device=hard.device)
-            weights = dynamic_weights(sizes, self.scaling()[2])[: len(dims)]
-        barrier = self.scaling.barrier()
-        total = (weights * hard).sum() + self.job.med.mutual_weight * mutual.sum() + penalty + barrier
-        return Terms(hard, tuple(dims), mutual, tuple(mutual_dims), penalty, barrier, total)
+    def _loss_weights(self) -> Tensor:
+        """Return the weight [n] of every sub-model's own loss (equation 6)."""
+        sizes = torch.tensor(self.layout.dims, dtype=self.strengths.dtype, device=self.device)
+        return dynamic_weights(sizes, self.scaling()[2]) if self.job.med.dynamic_weight else torch.ones_like(sizes)
+
+    def _row_penalties(self, known: Tensor, relation: Tensor, target: Tensor) -> Tensor:
+        """Return the regularizer of triples, given their rows: mean over triples."""
+        kind, scorer = self.job.loss.regularizer, self.layout.scorer
+        if kind == "none":
+            return known.new_zeros(())
+        is_complex = scorer.name in ("complex", "rotate")
+        entities = [row_penalties(rows, self.strengths, kind, complex_units=is_complex) for rows in (known, target)]
+        relations = row_penalties(relation, self.relation_strengths, kind, complex_units=scorer.name == "complex")
+        return (entities[0] + relations + entities[1]).mean()
 
     def _penalty(
         self, rows_UC: Tensor, relations_RC: Tensor, known: Tensor, relation: Tensor, target: Tensor
     ) -> Tensor:
-        """Return the regularizer of the batch's triples, mean over triples."""
-        kind = self.job.loss.regularizer
+        """Return the regularizer of triples, given positions: rows that many triples share are taken once."""
+        kind, scorer = self.job.loss.regularizer, self.layout.scorer
         if kind == "none":
             return rows_UC.new_zeros(())
-        scorer = self.layout.scorer
         is_complex = scorer.name in ("complex", "rotate")
         entity_U = row_penalties(rows_UC, self.strengths, kind, complex_units=is_complex)
         relation_R = row_penalties(relations_RC, self.relation_strengths, kind, complex_units=scorer.name == "complex")
@@ -268,9 +279,3 @@ def _gather(rows_UC: Tensor, positions: Tensor) -> Tensor:
     look-up adds in order, so runs repeat bit for bit.
     """
     return F.embedding(positions, rows_UC)
-
-
-def _first_even(weights: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Give the smallest sub-model, which has no previous one, equal weights (i = 1 in equations 3 and 4)."""
-    counted = torch.ones_like(weights[:1]) if keep is None else keep.to(weights.dtype).expand_as(weights[:1])
-    return torch.cat([counted / counted.sum().clamp(min=1), weights[1:]])

@@ -173,16 +173,20 @@ class Trainer:
         self.optimizers.set_rates(learning_rate_factor(self.job.optimizer, step, self.total_steps))
         looked_up_UC = self.table.rows(batch.entities_U)
         # The update of the tables is fused into their backward pass, so the guard stands between the two halves.
-        rows_UC = looked_up_UC.detach().requires_grad_()
-        terms: Terms = self.objective(batch, rows_UC, self.relations, step)
+        rows = self.objective.rows(looked_up_UC)
+        terms: Terms = self.objective(batch, rows, self.relations, step)
         _require_finite(terms, self.layout, step + 1)
         terms.total.backward()
         _require_finite_gradients(
-            {"entities": rows_UC.grad, "relations": self.relations.grad, "scaling": self.objective.scaling.values.grad},
+            {
+                "entities": rows.gradient(),
+                "relations": self.relations.grad,
+                "scaling": self.objective.scaling.values.grad,
+            },
             self.layout,
             step + 1,
         )
-        looked_up_UC.backward(rows_UC.grad)
+        looked_up_UC.backward(rows.gradient())
         self.optimizers.step_dense()
         self.objective.scaling.clamp()
         self.progress.step += 1

@@ -10,7 +10,7 @@ from toy import toy_job
 
 from medscale.batches.queries import Targets
 from medscale.config import LossSection
-from medscale.loss.bce import binary_cross_entropy, logits_of
+from medscale.loss.bce import Logits, logits_of
 from medscale.loss.med import (
     ScalingParameters,
     dynamic_weights,
@@ -20,6 +20,7 @@ from medscale.loss.med import (
     positive_weights,
 )
 from medscale.loss.regularizer import column_strengths, row_penalties
+from medscale.loss.negatives import NegativeConstants, negative_losses
 from medscale.loss.softmax import log_probabilities, target_log_probabilities
 from medscale.model.layout import layout_of
 from medscale.objective import Objective
@@ -69,20 +70,17 @@ def test_a_positive_without_negatives_adds_nothing() -> None:
     assert torch.isfinite(weights).all()
 
 
-def test_binary_cross_entropy_is_equation_5() -> None:
-    positive, negative = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
-    weights, negative_w = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 3, 4, dtype=torch.float64)
-    plain = [
-        -sum(weights[i, b] * math.log(1 / (1 + math.exp(-positive[i, b]))) for b in range(3))
-        - sum(
-            negative_w[i, b, k] * math.log(1 - 1 / (1 + math.exp(-negative[i, b, k])))
-            for b in range(3)
-            for k in range(4)
-        )
-        for i in range(2)
-    ]
-    fast = binary_cross_entropy(positive, weights, negative, negative_w)
-    torch.testing.assert_close(fast, torch.stack(plain), rtol=1e-9, atol=1e-9)
+def test_negative_losses_are_equation_5() -> None:
+    n, x, p, k = 2, 2, 1, 3
+    scores, keep = torch.randn(n, x, p, k, dtype=torch.float64), torch.ones(x, p, k, dtype=torch.bool)
+    ones = torch.ones(n, dtype=torch.float64)
+    constants = NegativeConstants(Logits(0 * ones, ones), (-1, -1), (False, True), False, False, False)
+    hard, mutual = negative_losses(constants, W, scores, keep)
+    for i in range(n):
+        plain = -sum(math.log(1 - 1 / (1 + math.exp(-s))) for s in scores[i].flatten()) / (x * p * k)
+        torch.testing.assert_close(hard[i], torch.tensor(plain, dtype=torch.float64))
+    assert mutual[0] == 0
+    assert mutual[1] > 0
 
 
 def test_logits_grow_margins_and_shrink_temperatures_with_the_square_root() -> None:

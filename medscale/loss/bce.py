@@ -1,15 +1,14 @@
-"""Binary cross-entropy on logits z_i = a_i (gamma_i + s_i) (equations 1 and 5)."""
+"""Logits z_i = a_i (gamma_i + s_i) of scores, for binary cross-entropy (equations 1 and 5)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medscale.config import LossSection
 
-__all__ = ["Logits", "binary_cross_entropy", "logits_of"]
+__all__ = ["Logits", "logits_of"]
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,3 @@ def logits_of(section: LossSection, dims: tuple[int, ...], *, is_distance: bool,
         margins=section.margin * (ratio if section.margin_scaling == "sqrt" else ones),
         temperatures=1 / ratio if section.temperature == "sqrt" else ones,
     )
-
-
-def binary_cross_entropy(
-    positive_nB: Tensor, positive_weights_nB: Tensor, negative_nBK: Tensor, negative_weights_nBK: Tensor
-) -> Tensor:
-    """Return each sub-model's loss [n] from logits and weights (equation 5).
-
-    Weights sum to 1 over positives and to 1 over negatives, so the loss does not grow with the batch.
-    """
-    positives = (positive_weights_nB * F.logsigmoid(positive_nB)).flatten(1).sum(1)
-    negatives = (negative_weights_nBK * F.logsigmoid(-negative_nBK)).flatten(1).sum(1)
-    return -(positives + negatives)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medscale.loss.bce import Logits
-from medscale.loss.med import negative_weights
+from medscale.loss.med import mutual_huber, negative_weights
 
-__all__ = ["NegativeConstants", "NegativeTerms", "negative_terms"]
+__all__ = ["CorruptionTerms", "NegativeConstants", "NegativeTerms", "mutual_sums", "negative_losses",
+           "negative_terms"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,30 +49,54 @@ class NegativeTerms:
     gradient_nXPK: Tensor
 
 
-def negative_terms(
-    constants: NegativeConstants, w2: float, scores_nXPK: Tensor, keep_XPK: Tensor, hard_weights_n: Tensor,
-    mutual_weights_n: Tensor,
-) -> NegativeTerms:  # fmt: skip
-    """Return the losses of scored negatives, and d/ds of sum_i hard_weights_i hard_i + mutual_weights_i mutual_i.
+@dataclass(frozen=True)
+class CorruptionTerms:
+    """Losses of chunks of queries against their negatives, and the gradients of their weighted sum."""
+
+    #: [n], [n], scalar: as in `NegativeTerms`
+    hard_n: Tensor
+    mutual_n: Tensor
+    w2_slope: Tensor
+    #: [X, P, C]
+    query_gradient_XPC: Tensor
+    #: [X, P, C], where the scorer scales its candidates
+    scale_gradient_XPC: Tensor | None
+
+
+def negative_losses(
+    constants: NegativeConstants, w2: Tensor, scores_nXPK: Tensor, keep_XPK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (hard [n], mutual [n]) of scored negatives: the plain form, for autograd.
 
     Negatives that `keep_XPK` marks False have no hard loss; mutual learning compares all. Weights are detached
     from the scores (they steer the loss), not from w2.
     """
+    logits = constants.logits(scores_nXPK)
+    values = scores_nXPK if constants.raw else logits
+    evidence = torch.stack([torch.zeros_like(values[0]) if i < 0 else values[i] for i in constants.evidence])
+    over = "batch" if constants.over_batch else "positive"
+    weights = negative_weights(evidence, w2, keep_XPK, over=over)
+    hard_n = (weights * F.softplus(logits)).flatten(1).sum(1)
+    return hard_n, mutual_sums(constants, logits.flatten(1))
+
+
+def mutual_sums(constants: NegativeConstants, logits_nT: Tensor) -> Tensor:
+    """Return, per sub-model [n], the sum over T triples of Huber losses between it and the one below, where taught."""
+    larger_nT = logits_nT[1:] if constants.both else logits_nT[1:].detach()
+    losses = mutual_huber(logits_nT[:-1], larger_nT) * logits_nT.shape[1]
+    taught = torch.tensor(constants.taught[1:], device=losses.device)
+    return torch.cat([losses.new_zeros(1), losses * taught])
+
+
+def negative_terms(
+    constants: NegativeConstants, w2: float, scores_nXPK: Tensor, keep_XPK: Tensor, hard_weights_n: Tensor,
+    mutual_weights_n: Tensor,
+) -> NegativeTerms:  # fmt: skip
+    """Return the losses of scored negatives, and d/ds of sum_i hard_weights_i hard_i + mutual_weights_i mutual_i."""
     scores = scores_nXPK.detach().requires_grad_()
     w2_leaf = torch.tensor(w2, dtype=scores.dtype, device=scores.device, requires_grad=True)
     with torch.enable_grad():
-        logits = constants.logits(scores)
-        values = scores if constants.raw else logits
-        over = "batch" if constants.over_batch else "positive"
-        evidence = torch.stack([torch.zeros_like(values[0]) if i < 0 else values[i] for i in constants.evidence])
-        weights = negative_weights(evidence, w2_leaf, keep_XPK, over=over)
-        hard_n = (weights * F.softplus(logits)).flatten(1).sum(1)
-        mutual = [hard_n.new_zeros(())]
-        for i in range(1, len(logits)):
-            teacher = logits[i] if constants.both else logits[i].detach()
-            loss = F.huber_loss(logits[i - 1], teacher, reduction="sum", delta=1.0)
-            mutual.append(loss if constants.taught[i] else torch.zeros_like(loss))
-        mutual_n = torch.stack(mutual)
+        hard_n, mutual_n = negative_losses(constants, w2_leaf, scores, keep_XPK)
         total = (hard_weights_n * hard_n).sum() + (mutual_weights_n * mutual_n).sum()
     gradient, slope = torch.autograd.grad(total, [scores, w2_leaf])
     return NegativeTerms(hard_n.detach(), mutual_n.detach(), slope, gradient)

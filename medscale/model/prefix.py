@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from medscale.model.kernels.levels import Levels
 from medscale.model.scoring import Scorer
 
 __all__ = ["SLICE_NUMBERS", "PrefixScan", "prefix_scan"]
@@ -47,6 +48,8 @@ class PrefixScan:
     column_weights_C: Tensor
     #: [n]: weight of the sum so far when the next of `dims` begins
     carry_n: tuple[float, ...]
+    #: the same for the kernels: all levels, and which of them complete one of `dims`
+    levels: Levels
 
     def scores(self, query_XPC: Tensor, candidates_XKC: Tensor, scale_XPC: Tensor | None = None) -> Tensor:
         """Return scores [n, X, P, K] of every candidate for every query of its chunk.
@@ -152,6 +155,12 @@ def prefix_scan(
             scorer.unit_columns
         ),
         carry_n=tuple(carry),
+        levels=Levels(
+            geometry=scorer.geometry,
+            ends=tuple(dim * scorer.unit_columns for dim in dims[: positions[-1] + 1]),
+            kappas=(1.0, *kappas[: positions[-1]]),
+            outputs=tuple(positions.index(i) if i in positions else -1 for i in range(positions[-1] + 1)),
+        ),
     )
 
 

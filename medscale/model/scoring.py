@@ -16,17 +16,15 @@ Columns are interleaved by unit, so the first `dim x unit_columns` columns of a 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from medscale.config import ModelSection
 from medscale.graph.schema import Side
+from medscale.model.kernels.levels import Geometry
 
 __all__ = ["Geometry", "Scorer", "scorer_of"]
-
-Geometry = Literal["l1", "l2", "modulus", "product"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""The binary loss of scored pairs and corruptions through the kernels of a device, as nodes of autograd."""
+
+import importlib
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from medscale.loss.negatives import CorruptionTerms, NegativeConstants
+from medscale.model.kernels.levels import Levels
+from medscale.model.rows import Rows
+
+__all__ = ["Kernels"]
+
+
+class Kernels:
+    """What a device has compiled: C++ on CPUs, Triton on GPUs."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.pairs: Any = importlib.import_module(
+            "medscale.model.kernels." + ("triton_scores" if on_gpu else "cpu_pairs")
+        )
+        self.corruptions: Any = importlib.import_module(
+            "medscale.loss." + ("triton_corruptions" if on_gpu else "cpu_corruptions")
+        )
+
+    def pair_scores(self, levels: Levels, query_RC: Tensor, target_RC: Tensor, scale_RC: Tensor | None) -> Tensor:
+        """Return scores [n, R] of one candidate for each query."""
+        scores = _PairScores.apply(self, levels, query_RC, target_RC, scale_RC)  # type: ignore[no-untyped-call]
+        return cast(Tensor, scores)
+
+    def corruption_loss(
+        self, levels: Levels, constants: NegativeConstants, query_XPC: Tensor, rows: Rows, candidates_XK: Tensor,
+        keep_XPK: Tensor, scale_XPC: Tensor | None, w2: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Return (sum_i hard_weights_i hard_i + mutual_weights_i mutual_i, hard [n], mutual [n]).
+
+        The first is for backward(), and as it is: its derivatives were taken with the loss. The others are numbers.
+        """
+        arguments = (levels, constants, rows, candidates_XK, keep_XPK)
+        return cast(
+            tuple[Tensor, Tensor, Tensor],
+            _CorruptionLoss.apply(  # type: ignore[no-untyped-call]
+                self, arguments, rows.values_UC, query_XPC, scale_XPC, w2, hard_weights_n, mutual_weights_n
+            ),
+        )
+
+
+class _PairScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Kernels, levels: Levels, query_RC: Tensor, target_RC: Tensor, scale_RC: Tensor | None
+    ) -> Tensor:
+        scores_nR: Tensor = kernels.pairs.pair_scores(levels, query_RC, target_RC, scale_RC)
+        ctx.kernels, ctx.levels = kernels, levels
+        ctx.save_for_backward(scores_nR, query_RC, target_RC, scale_RC)
+        return scores_nR
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient_nR,) = gradients
+        return None, None, *ctx.kernels.pairs.pair_gradients(ctx.levels, gradient_nR, *ctx.saved_tensors)
+
+
+class _CorruptionLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Kernels, arguments: Any, values_UC: Tensor, query_XPC: Tensor, scale_XPC: Tensor | None,
+        w2: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        levels, constants, rows, candidates_XK, keep_XPK = arguments
+        terms: CorruptionTerms = kernels.corruptions.corruption_terms(
+            levels, constants, w2.item(), query_XPC, values_UC, candidates_XK, keep_XPK, scale_XPC, hard_weights_n,
+            mutual_weights_n, rows.gathered_UC,
+        )  # fmt: skip
+        ctx.terms = terms
+        ctx.mark_non_differentiable(terms.hard_n, terms.mutual_n)
+        total = (hard_weights_n * terms.hard_n).sum() + (mutual_weights_n * terms.mutual_n).sum()
+        return total, terms.hard_n, terms.mutual_n
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        terms, total_gradient = ctx.terms, gradients[0]
+        assert total_gradient == 1, "rows have their gradient already"
+        return (
+            None, None, None, terms.query_gradient_XPC, terms.scale_gradient_XPC, terms.w2_slope, terms.hard_n,
+            terms.mutual_n,
+        )  # fmt: skip

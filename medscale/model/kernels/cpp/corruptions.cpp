@@ -1,0 +1,286 @@
+// Scores, losses and gradients of a step's negatives in one go: nothing of size [P, K, C], nor [n, P, K].
+//
+// For a few queries at a time, scores of all sub-models go to a buffer in the cache, the MED loss turns them into its
+// derivatives there, and a reverse scan over sub-models into what each level's columns are worth (equations 2 to 6).
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+// queries scored together, and columns differentiated together: what they share stays in the L1 cache
+constexpr int QUERIES = 4, TOGETHER = 2;
+constexpr i64 COLUMNS = 32;
+
+}  // namespace
+
+// The arguments of a step's corruption; `Corruptions` in corruptions.py mirrors it.
+template <class T> struct Corruptions {
+    i64 geometry, num_sub_models, num_chunks, num_queries, num_candidates, stride, row_stride;
+    i64 raw, over_batch, both;
+    double w2;
+    const i64* ends_n;
+    const T *kappas_n, *temperatures_n, *margins_n;
+    const i64 *evidence_n, *taught_n;
+    const T *hard_weights_n, *mutual_weights_n;
+    const T* query_XPC;
+    const T* rows_UC;
+    const i64* candidates_XK;
+    const uint8_t* keep_XPK;
+    const T* scale_XPC;
+    // of the weights' exponentials over the whole batch
+    const T *largest_n, *total_n;
+    // results: per query, sums over its candidates (see `corruptions.py`); gradients
+    T* sums_4XPn;
+    T *query_gradient_XPC, *scale_gradient_XPC;
+    T* tiles_XTCN;
+    T* row_gradients_UC;
+};
+
+namespace {
+
+// Buffers of one thread.
+template <class T> struct Workspace {
+    i64 tiles, padded;
+    std::vector<T> candidates_TCN, scores_PnK, factors_PnK, weights_K, keep_K, present_K;
+
+    explicit Workspace(const Corruptions<T>& a)
+        : tiles((a.num_candidates + LANES - 1) / LANES), padded(tiles * LANES),
+          candidates_TCN(tiles * a.ends_n[a.num_sub_models - 1] * LANES), scores_PnK(QUERIES * a.num_sub_models * padded),
+          factors_PnK(QUERIES * a.num_sub_models * padded), weights_K(padded), keep_K(padded), present_K(padded) {
+        std::fill(present_K.begin(), present_K.begin() + a.num_candidates, T(1));
+    }
+};
+
+// Score Q queries against one tile.
+template <int G, int Q, class T>
+void score(const Corruptions<T>& a, const T* query_PC, const T* scale_PC, const T* tile_CN, i64 padded, T* __restrict scores_PnK) {
+    V<T> sums[Q][VECTORS<T>] = {};
+    i64 begin = 0;
+    for (i64 i = 0; i < a.num_sub_models; i++) {
+        if (a.kappas_n[i] != 1)
+            for (int p = 0; p < Q; p++)
+                for (int v = 0; v < VECTORS<T>; v++) sums[p][v] *= a.kappas_n[i];
+        add_columns<G, Q, T>(query_PC, scale_PC, a.stride, tile_CN, begin, a.ends_n[i], sums);
+        begin = a.ends_n[i];
+#pragma GCC unroll 8
+        for (int p = 0; p < Q; p++)
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS<T>; v++) {
+                V<T> s = G == L2 ? root(sums[p][v]) : sums[p][v];
+                store(scores_PnK + (p * a.num_sub_models + i) * padded + v * WIDTH<T>, is_distance(G) ? -s : s);
+            }
+    }
+}
+
+// Fill in exp(w2 evidence - top) of kept candidates, 0 of others; return (top, their sum). The evidence is the
+// logit, or raw score, of sub-model j; none if that is below 0.
+template <class T>
+INLINE std::pair<T, T> weigh(const Corruptions<T>& a, i64 j, const T* scores_nK, Workspace<T>& w) {
+    T* weights = w.weights_K.data();
+    const T* keep = w.keep_K.data();
+    V<T> totals = {};
+    if (j < 0) {
+        for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
+            V<T> kept = load(keep + k);
+            store(weights + k, kept);
+            totals += kept;
+        }
+        return {0, sum(totals)};
+    }
+    const T lowest = -std::numeric_limits<T>::infinity();
+    const T slope = T(a.w2) * (a.raw ? T(1) : a.temperatures_n[j]), gamma = a.raw ? T(0) : a.margins_n[j];
+    const T* scores = scores_nK + j * w.padded;
+    V<T> tops = all(lowest);
+    for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
+        V<T> exponent = slope * (gamma + load(scores + k));
+        tops = larger<T>(load(keep + k) > 0 ? exponent : all(lowest), tops);
+    }
+    T top = largest<T>(tops);
+    top = top > lowest ? top : 0;
+    for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
+        V<T> weight = exponential(slope * (gamma + load(scores + k)) - top);
+        weight = load(keep + k) > 0 ? weight : V<T>{};
+        store(weights + k, weight);
+        totals += weight;
+    }
+    return {top, sum(totals)};
+}
+
+// Take one query's losses, and fill in what each level's own sum is worth to them, last level first.
+// z = a (gamma + s). Weight x softplus(z) is equation 5, Huber between neighbours' z equation 2.
+template <int G, class T>
+void differentiate_losses(const Corruptions<T>& a, i64 query, const T* scores_nK, T* __restrict factors_nK, Workspace<T>& w) {
+    const i64 n = a.num_sub_models, per_sum = a.num_chunks * a.num_queries * n;
+    const T share = T(1) / T(a.num_chunks * a.num_queries), sign = G == PRODUCT || G == L2 ? 1 : -1;
+    const T* weights = w.weights_K.data();
+    const T* present = w.present_K.data();
+    for (i64 i = n - 1; i >= 0; i--) {
+        i64 j = a.evidence_n[i];
+        T scale = 0;
+        if (a.hard_weights_n[i] != 0) {
+            auto [top, total] = weigh(a, j, scores_nK, w);
+            if (total > 0) scale = a.over_batch ? std::exp(top - a.largest_n[i]) / a.total_n[i] : share / total;
+        } else {
+            std::fill(w.weights_K.begin(), w.weights_K.end(), T(0));
+        }
+        j = std::max<i64>(j, 0);
+        const T evidence_a = a.raw ? T(1) : a.temperatures_n[j], evidence_gamma = a.raw ? T(0) : a.margins_n[j];
+        // Neighbours that are missing, or not taught, pull with no weight: one loop serves all sub-models.
+        const i64 below = std::max<i64>(i - 1, 0), above = std::min(i + 1, n - 1);
+        const T own_a = a.temperatures_n[i], gamma = a.margins_n[i];
+        const T a_below = a.temperatures_n[below], gamma_below = a.margins_n[below];
+        const T a_above = a.temperatures_n[above], gamma_above = a.margins_n[above];
+        const T pull = sign * a.hard_weights_n[i] * own_a * scale;
+        const T pull_below = i > 0 && a.taught_n[i] && a.both ? sign * a.mutual_weights_n[i] * own_a : T(0);
+        const T pull_above = above > i && a.taught_n[above] ? sign * a.mutual_weights_n[above] * own_a : T(0);
+        const T kappa = above > i ? a.kappas_n[above] : T(0);
+        const T *scores = scores_nK + i * w.padded, *scores_below = scores_nK + below * w.padded;
+        const T *scores_above = scores_nK + above * w.padded, *evidences = scores_nK + j * w.padded;
+        const T* factors_above = factors_nK + above * w.padded;
+        T* factors = factors_nK + i * w.padded;
+        V<T> hard = {}, mean_evidence = {}, product = {}, mutual = {};
+        for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
+            V<T> s = load(scores + k), weight = load(weights + k), there = load(present + k);
+            V<T> z = own_a * (gamma + s);
+            V<T> u = exponential(-absolute<T>(z));
+            V<T> softplus = larger<T>(z, V<T>{}) + log_1_plus(u);
+            V<T> loss = weight * (z == z ? softplus : z);
+            V<T> evidence = evidence_a * (evidence_gamma + load(evidences + k));
+            evidence = weight > 0 ? evidence : V<T>{};
+            hard += loss;
+            mean_evidence += weight * evidence;
+            product += loss * evidence;
+            V<T> gap_below = a_below * (gamma_below + load(scores_below + k)) - z;
+            V<T> slope_below = smaller<T>(larger<T>(gap_below, all(T(-1))), all(T(1)));
+            mutual += there * (slope_below * (gap_below - T(0.5) * slope_below));
+            V<T> gap_above = z - a_above * (gamma_above + load(scores_above + k));
+            V<T> slope_above = smaller<T>(larger<T>(gap_above, all(T(-1))), all(T(1)));
+            V<T> factor = pull * (weight * ((z > 0 ? all(T(1)) : u) / (T(1) + u)));
+            factor += there * (pull_above * slope_above - pull_below * slope_below);
+            if constexpr (G == L2) factor = s == 0 ? V<T>{} : factor / s;
+            store(factors + k, above > i ? factor + kappa * load(factors_above + k) : factor);
+        }
+        T* sums = a.sums_4XPn + query * n + i;
+        sums[0] = scale * sum(hard);
+        sums[per_sum] = scale * sum(mean_evidence);
+        sums[2 * per_sum] = scale * sum(product);
+        sums[3 * per_sum] = a.taught_n[i] ? sum(mutual) : T(0);
+    }
+}
+
+// Take the gradients of Q queries and of one tile.
+template <int G, int Q, class T>
+void differentiate(
+    const Corruptions<T>& a, const T* factors_PnK, i64 padded, const T* query_PC, const T* scale_PC, const T* tile_CN, i64 level,
+    i64 first, i64 last, T* query_gradient_PC, T* scale_gradient_PC, T* gradient_CN) {
+    V<T> factors[Q][VECTORS<T>];
+#pragma GCC unroll 8
+    for (int p = 0; p < Q; p++)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS<T>; v++)
+            factors[p][v] = load(factors_PnK + (p * a.num_sub_models + level) * padded + v * WIDTH<T>);
+    differentiate_columns<G, Q, T>(
+        factors, query_PC, scale_PC, a.stride, tile_CN, first, last, query_gradient_PC, scale_gradient_PC, gradient_CN);
+}
+
+// Take losses and gradients of all queries of chunks [first, last), counted from chunk `offset`. With `only_weights`,
+// sums get the largest exponent of a query's weights and the sum of exponentials, and nothing else is done.
+template <int G, class T>
+void corrupt(const Corruptions<T>& a, i64 offset, bool only_weights, i64 first, i64 last) {
+    Workspace<T> w(a);
+    const i64 n = a.num_sub_models, columns = a.ends_n[n - 1], tile = columns * LANES, per_query = n * w.padded;
+    const i64 per_sum = a.num_chunks * a.num_queries * n;
+    for (i64 item = first; item < last; item++) {
+        const i64 x = offset + item;
+        const i64* ids = a.candidates_XK + x * a.num_candidates;
+        for (i64 t = 0; t < w.tiles; t++)
+            load_tile(
+                a.rows_UC, a.row_stride, ids + t * LANES, (int)std::min<i64>(LANES, a.num_candidates - t * LANES), columns,
+                w.candidates_TCN.data() + t * tile);
+        T* gradients_TCN = a.tiles_XTCN + item * w.tiles * tile;
+        if (!only_weights) memset(gradients_TCN, 0, w.tiles * tile * sizeof(T));
+        for (i64 start = 0; start < a.num_queries; start += QUERIES) {
+            const i64 count = std::min<i64>(QUERIES, a.num_queries - start), at = (x * a.num_queries + start) * a.stride;
+            const T *query_PC = a.query_XPC + at, *scale_PC = G == SCALED_L1 ? a.scale_XPC + at : nullptr;
+            for (i64 t = 0; t < w.tiles; t++)
+                for (i64 p = 0; p < count; p += TOGETHER) {
+                    const T* scale = G == SCALED_L1 ? scale_PC + p * a.stride : nullptr;
+                    T* scores = w.scores_PnK.data() + p * per_query + t * LANES;
+                    const T* tile_CN = w.candidates_TCN.data() + t * tile;
+                    if (p + TOGETHER <= count)
+                        score<G, TOGETHER>(a, query_PC + p * a.stride, scale, tile_CN, w.padded, scores);
+                    else
+                        score<G, 1>(a, query_PC + p * a.stride, scale, tile_CN, w.padded, scores);
+                }
+            for (i64 p = 0; p < count; p++) {
+                const i64 query = x * a.num_queries + start + p;
+                const T* scores_nK = w.scores_PnK.data() + p * per_query;
+                const uint8_t* keep = a.keep_XPK + query * a.num_candidates;
+                for (i64 k = 0; k < a.num_candidates; k++) w.keep_K[k] = keep[k];
+                if (only_weights)
+                    for (i64 i = 0; i < n; i++) {
+                        auto [top, total] = weigh(a, a.evidence_n[i], scores_nK, w);
+                        a.sums_4XPn[query * n + i] = top;
+                        a.sums_4XPn[per_sum + query * n + i] = total;
+                    }
+                else
+                    differentiate_losses<G>(a, query, scores_nK, w.factors_PnK.data() + p * per_query, w);
+            }
+            if (only_weights) continue;
+            T* query_gradient_PC = a.query_gradient_XPC + at;
+            T* scale_gradient_PC = G == SCALED_L1 ? a.scale_gradient_XPC + at : nullptr;
+            for (i64 t = 0; t < w.tiles; t++)
+                for (i64 level = 0, begin = 0; level < n; begin = a.ends_n[level++])
+                    for (i64 c = begin; c < a.ends_n[level]; c += COLUMNS)
+                        for (i64 p = 0; p < count; p += TOGETHER) {
+                            const i64 end = std::min(c + COLUMNS, a.ends_n[level]), shift = p * a.stride;
+                            const T* factors = w.factors_PnK.data() + p * per_query + t * LANES;
+#define DIFFERENTIATE(Q)                                                                                          \
+    differentiate<G, Q>(a, factors, w.padded, query_PC + shift, G == SCALED_L1 ? scale_PC + shift : nullptr,       \
+                        w.candidates_TCN.data() + t * tile, level, c, end, query_gradient_PC + shift,              \
+                        G == SCALED_L1 ? scale_gradient_PC + shift : nullptr, gradients_TCN + t * tile)
+                            if (p + TOGETHER <= count)
+                                DIFFERENTIATE(TOGETHER);
+                            else
+                                DIFFERENTIATE(1);
+#undef DIFFERENTIATE
+                        }
+        }
+    }
+}
+
+template <class T> void corrupt_chunks(const Corruptions<T>* a, i64 offset, i64 only_weights, i64 first, i64 last) {
+#define CORRUPT(G) corrupt<G, T>(*a, offset, only_weights != 0, first, last)
+    FOR_GEOMETRY(a->geometry, CORRUPT)
+#undef CORRUPT
+}
+
+// Add the gradients of candidates of `count` chunks to columns [first, last) of their rows, in order.
+template <class T> void add_chunks(const Corruptions<T>* a, i64 offset, i64 count, i64 first, i64 last) {
+    const i64 tiles = (a->num_candidates + LANES - 1) / LANES, tile = a->ends_n[a->num_sub_models - 1] * LANES;
+    for (i64 item = 0; item < count; item++)
+        for (i64 t = 0; t < tiles; t++)
+            add_tile(
+                a->tiles_XTCN + (item * tiles + t) * tile, a->candidates_XK + (offset + item) * a->num_candidates + t * LANES,
+                (int)std::min<i64>(LANES, a->num_candidates - t * LANES), first, last, a->row_gradients_UC, a->row_stride);
+}
+
+}  // namespace
+
+extern "C" {
+void corrupt_float(const Corruptions<float>* a, i64 offset, i64 only_weights, i64 first, i64 last) {
+    corrupt_chunks(a, offset, only_weights, first, last);
+}
+void corrupt_double(const Corruptions<double>* a, i64 offset, i64 only_weights, i64 first, i64 last) {
+    corrupt_chunks(a, offset, only_weights, first, last);
+}
+void add_chunks_float(const Corruptions<float>* a, i64 offset, i64 count, i64 first, i64 last) {
+    add_chunks(a, offset, count, first, last);
+}
+void add_chunks_double(const Corruptions<double>* a, i64 offset, i64 count, i64 first, i64 last) {
+    add_chunks(a, offset, count, first, last);
+}
+}

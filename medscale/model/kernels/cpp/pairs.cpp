@@ -1,0 +1,122 @@
+// Scores of one candidate for each query, and their gradients: the positives of a step.
+#include "tiles.h"
+
+template <class T> struct Pairs {
+    i64 geometry, num_sub_models, stride;
+    const i64* ends_n;
+    const T* kappas_n;
+    const T *query_RC, *target_RC, *scale_RC;
+    // [R, n]: scores out; then the loss's derivatives by them in
+    T* scores_Rn;
+    const T* gradient_Rn;
+    T *query_gradient_RC, *target_gradient_RC, *scale_gradient_RC;
+};
+
+namespace {
+
+template <int G, class T> INLINE T term(const T* q, const T* t, const T* s, i64 c) {
+    if constexpr (G == L1) return std::abs(q[c] - t[c]);
+    if constexpr (G == SCALED_L1) return std::abs(q[c] - s[c] * t[c]);
+    if constexpr (G == L2) return (q[c] - t[c]) * (q[c] - t[c]);
+    if constexpr (G == PRODUCT) return q[c] * t[c];
+    T d = q[c] - t[c], e = q[c + 1] - t[c + 1];
+    return std::sqrt(d * d + e * e);
+}
+
+template <int G, class T> void score(const Pairs<T>& a, i64 first, i64 last) {
+    constexpr i64 step = G == MODULUS ? 2 : 1;
+    for (i64 r = first; r < last; r++) {
+        const T *q = a.query_RC + r * a.stride, *t = a.target_RC + r * a.stride;
+        const T* s = G == SCALED_L1 ? a.scale_RC + r * a.stride : nullptr;
+        T total = 0;
+        for (i64 i = 0, c = 0; i < a.num_sub_models; i++) {
+            T parts[4] = {};  // four sums that do not wait for each other
+            for (; c + 4 * step <= a.ends_n[i]; c += 4 * step)
+                for (int part = 0; part < 4; part++) parts[part] += term<G>(q, t, s, c + part * step);
+            for (; c < a.ends_n[i]; c += step) parts[0] += term<G>(q, t, s, c);
+            total = (parts[0] + parts[1]) + (parts[2] + parts[3]) + (i ? a.kappas_n[i] * total : T(0));
+            T score = G == L2 ? std::sqrt(total) : total;
+            a.scores_Rn[r * a.num_sub_models + i] = is_distance(G) ? -score : score;
+        }
+    }
+}
+
+template <class T> INLINE T signed_by(T factor, T d) { return d == 0 ? T(0) : std::copysign(T(1), d) * factor; }
+
+template <int G, class T> void differentiate(const Pairs<T>& a, i64 first, i64 last) {
+    for (i64 r = first; r < last; r++) {
+        const T *__restrict q = a.query_RC + r * a.stride, *__restrict t = a.target_RC + r * a.stride;
+        T *__restrict dq = a.query_gradient_RC + r * a.stride, *__restrict dt = a.target_gradient_RC + r * a.stride;
+        T factor = 0;
+        for (i64 i = a.num_sub_models - 1; i >= 0; i--) {
+            const T score = a.scores_Rn[r * a.num_sub_models + i];
+            T own = a.gradient_Rn[r * a.num_sub_models + i];
+            if constexpr (G == L2) own = score == 0 ? T(0) : own / score;
+            if constexpr (is_distance(G) && G != L2) own = -own;
+            factor = own + (i + 1 < a.num_sub_models ? a.kappas_n[i + 1] * factor : T(0));
+            const i64 begin = i ? a.ends_n[i - 1] : 0, end = a.ends_n[i];
+            if constexpr (G == MODULUS) {
+                for (i64 c = begin; c < end; c += 2) {
+                    T d = q[c] - t[c], e = q[c + 1] - t[c + 1], square = d * d + e * e;
+                    T direction = square > 0 ? factor / std::sqrt(square) : T(0);
+                    dq[c] = direction * d, dq[c + 1] = direction * e;
+                    dt[c] = -direction * d, dt[c + 1] = -direction * e;
+                }
+            } else if constexpr (G == SCALED_L1) {
+                const T* __restrict s = a.scale_RC + r * a.stride;
+                T* __restrict ds = a.scale_gradient_RC + r * a.stride;
+                for (i64 c = begin; c < end; c++) {
+                    T d = signed_by(factor, q[c] - s[c] * t[c]);
+                    dq[c] = d, dt[c] = -s[c] * d, ds[c] = -d * t[c];
+                }
+            } else {
+                for (i64 c = begin; c < end; c++) {
+                    if constexpr (G == PRODUCT) {
+                        dq[c] = factor * t[c], dt[c] = factor * q[c];
+                    } else {
+                        T d = q[c] - t[c];
+                        d = G == L1 ? signed_by(factor, d) : factor * d;
+                        dq[c] = d, dt[c] = -d;
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <class T> void score_pairs(const Pairs<T>* a, i64 first, i64 last) {
+#define SCORE(G) score<G, T>(*a, first, last)
+    FOR_GEOMETRY(a->geometry, SCORE)
+#undef SCORE
+}
+template <class T> void differentiate_pairs(const Pairs<T>* a, i64 first, i64 last) {
+#define DIFFERENTIATE(G) differentiate<G, T>(*a, first, last)
+    FOR_GEOMETRY(a->geometry, DIFFERENTIATE)
+#undef DIFFERENTIATE
+}
+
+// Add columns [first, last) of values [R][stride] to rows, which may repeat, in order.
+template <class T>
+void add_to_rows(const T* values_RC, const i64* ids_R, i64 count, i64 stride, T* rows_UC, i64 row_stride, i64 first, i64 last) {
+    for (i64 r = 0; r < count; r++) {
+        const T* __restrict value = values_RC + r * stride;
+        T* __restrict row = rows_UC + ids_R[r] * row_stride;
+        for (i64 c = first; c < last; c++) row[c] += value[c];
+    }
+}
+
+}  // namespace
+
+extern "C" {
+void score_pairs_float(const Pairs<float>* a, i64 first, i64 last) { score_pairs(a, first, last); }
+void score_pairs_double(const Pairs<double>* a, i64 first, i64 last) { score_pairs(a, first, last); }
+void differentiate_pairs_float(const Pairs<float>* a, i64 first, i64 last) { differentiate_pairs(a, first, last); }
+void differentiate_pairs_double(const Pairs<double>* a, i64 first, i64 last) { differentiate_pairs(a, first, last); }
+void add_rows_float(const float* values, const i64* ids, i64 count, i64 stride, float* rows, i64 row_stride, i64 first, i64 last) {
+    add_to_rows(values, ids, count, stride, rows, row_stride, first, last);
+}
+void add_rows_double(
+    const double* values, const i64* ids, i64 count, i64 stride, double* rows, i64 row_stride, i64 first, i64 last) {
+    add_to_rows(values, ids, count, stride, rows, row_stride, first, last);
+}
+}
