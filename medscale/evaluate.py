@@ -82,7 +82,7 @@ def _rank(job: Job, graph: Graph, tables: Tables, triples: Any, split: str) -> R
     with progress(f"ranking {split}", 2 * len(triples), "queries") as advance:
         return rank_all(
             triples, rows, tables.relation_table.to(device), tables.layout, KnownTriples.of_graph(graph),
-            memory_mib=job.evaluate.memory_mib, advance=advance,
+            memory_mib=job.evaluate.memory_mib, kernels=job.runtime.kernels, advance=advance,
         )  # fmt: skip
 
 

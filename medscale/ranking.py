@@ -5,6 +5,7 @@ score the same (the realistic, or mean, rank). Known answers other than the targ
 Nothing of size queries x entities x sub-models outlives one chunk of entities.
 """
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +58,12 @@ def rank_triples(
     known: KnownTriples,
     *,
     memory_mib: int = 512,
+    kernels: str = "auto",
 ) -> Iterator[tuple[Side, slice, NDArray[np.float64]]]:
     """Yield (side, which triples, float64 ranks [n, t]) portion by portion, until all sides are ranked.
 
-    `triples` is int64[T, 3]; `known` holds the triples that do not count as wrong answers.
+    `triples` is int64[T, 3]; `known` holds the triples that do not count as wrong answers. `kernels` is the job's
+    `runtime.kernels`.
     """
     scan = prefix_scan(layout.scorer, layout.dims, layout.damping, dtype=relations_RC.dtype, device=relations_RC.device)
     sides: tuple[Side, ...] = ("tail", "head")
@@ -70,17 +73,17 @@ def rank_triples(
             yield (
                 side,
                 part,
-                _rank_side(triples[part], side, scan, rows, relations_RC, layout, known, memory_mib),
+                _rank_side(triples[part], side, scan, rows, relations_RC, layout, known, memory_mib, kernels),
             )
 
 
 def rank_all(
     triples: NDArray[np.int64], rows: TableRows, relations_RC: Tensor, layout: Layout, known: KnownTriples,
-    *, memory_mib: int = 512, advance: Callable[[int], None] | None = None,
+    *, memory_mib: int = 512, kernels: str = "auto", advance: Callable[[int], None] | None = None,
 ) -> Ranks:  # fmt: skip
     """Return the ranks of int64 [T, 3] triples; `advance` hears of every portion ranked."""
     ranks = {side: np.empty((len(layout.dims), len(triples))) for side in ("head", "tail")}
-    portions = rank_triples(triples, rows, relations_RC, layout, known, memory_mib=memory_mib)
+    portions = rank_triples(triples, rows, relations_RC, layout, known, memory_mib=memory_mib, kernels=kernels)
     for side, part, values in portions:
         ranks[side][:, part] = values
         if advance:
@@ -98,7 +101,7 @@ def sample_triples(triples: NDArray[np.int64], number: int | None, seed: int) ->
 @torch.no_grad()
 def _rank_side(
     triples_Q3: NDArray[np.int64], side: Side, scan: PrefixScan, rows: TableRows, relations_RC: Tensor,
-    layout: Layout, known: KnownTriples, memory_mib: int,
+    layout: Layout, known: KnownTriples, memory_mib: int, kernels: str,
 ) -> NDArray[np.float64]:  # fmt: skip
     device = relations_RC.device
     given, target = (0, 2) if side == "tail" else (2, 0)
@@ -110,31 +113,51 @@ def _rank_side(
     relation_QR = relations_RC[torch.from_numpy(relation_ids).to(device)]
     query_QC = layout.scorer.query(rows.gather(torch.from_numpy(known_ids).to(device)), relation_QR, asked)
     scale_QC = layout.scorer.scale(relation_QR, asked) if layout.scorer.scale else None
-    target_Q = torch.from_numpy(target_ids).to(device)
-    target_nQ = _target_scores(scan, query_QC, rows.gather(target_Q), scale_QC)
-    _require_finite(target_nQ, "scores of true answers")
+    target_QC = rows.gather(torch.from_numpy(target_ids).to(device))
+    _require_finite(query_QC, "queries")
+    _require_finite(target_QC, "rows of true answers")
     excluded_query, excluded_entity = _excluded(offsets, answers, target_ids)
 
-    better_nQ = torch.zeros(target_nQ.shape, dtype=torch.int64, device=device)
-    equal_nQ = torch.zeros_like(better_nQ)
-    step = _entities_per_chunk(scan, len(triples_Q3), memory_mib)
+    halves_nQ = torch.zeros((len(scan.dims), len(triples_Q3)), dtype=torch.int64, device=device)
+    step = _entities_per_chunk(scan, len(triples_Q3), memory_mib, kernels)
     for start in range(0, rows.num_entities, step):
         stop = min(start + step, rows.num_entities)
         first, last = np.searchsorted(excluded_entity, [start, stop])
-        query_E = torch.from_numpy(excluded_query[first:last]).to(device)
-        entity_E = torch.from_numpy(excluded_entity[first:last] - start).to(device)
+        excluded = [torch.from_numpy(ids[first:last]).to(device) for ids in (excluded_query, excluded_entity)]
         entities_NC = rows.slice(start, stop)
         _require_finite(entities_NC, f"rows {start} to {stop - 1} of the entity table")
-        for i, scores_QN in enumerate(_chunk_scores(scan, query_QC, entities_NC, scale_QC)):
-            target_Q1 = target_nQ[i].unsqueeze(1)
-            better_nQ[i] += (scores_QN > target_Q1).sum(1)
-            equal_nQ[i] += (scores_QN == target_Q1).sum(1)
-            # Taking known answers out again touches a few cells; masking them would touch all.
-            excluded_E, against_E = scores_QN[query_E, entity_E], target_nQ[i][query_E]
-            better_nQ[i].index_add_(0, query_E, (excluded_E > against_E).long(), alpha=-1)
-            equal_nQ[i].index_add_(0, query_E, (excluded_E == against_E).long(), alpha=-1)
-    ranks: NDArray[np.float64] = (1 + better_nQ.double() + equal_nQ.double() / 2).cpu().numpy()
+        arguments = (query_QC, scale_QC, target_QC, entities_NC, start, *excluded, halves_nQ)
+        if kernels == "torch":
+            _plain_counts(scan, *arguments)
+        else:
+            _rank_counts(device)(scan.levels, *arguments)
+    ranks: NDArray[np.float64] = (1 + halves_nQ.double() / 2).cpu().numpy()
     return ranks
+
+
+def _rank_counts(device: torch.device) -> Any:
+    """Return the ranking kernel of a device."""
+    name = "triton_ranks" if device.type == "cuda" else "cpu_ranks"
+    return importlib.import_module(f"medscale.model.kernels.{name}").rank_counts
+
+
+def _plain_counts(
+    scan: PrefixScan, query_QC: Tensor, scale_QC: Tensor | None, target_QC: Tensor, entities_NC: Tensor, first: int,
+    excluded_query_E: Tensor, excluded_entity_E: Tensor, halves_nQ: Tensor,
+) -> None:  # fmt: skip
+    """Add 2 x (how many entities score better than the target) + (how many the same): the kernels' plain twin.
+
+    `entities_NC` are the rows of entities first .. first + N - 1. Excluded pairs (query, entity) do not count.
+    """
+    target_nQ = _target_scores(scan, query_QC, target_QC, scale_QC)
+    excluded_entity_E = excluded_entity_E - first
+    for i, scores_QN in enumerate(_chunk_scores(scan, query_QC, entities_NC, scale_QC)):
+        target_Q1 = target_nQ[i].unsqueeze(1)
+        halves_nQ[i] += (scores_QN > target_Q1).sum(1) + (scores_QN >= target_Q1).sum(1)
+        # Taking known answers out again touches a few cells; masking them would touch all.
+        excluded_E, against_E = scores_QN[excluded_query_E, excluded_entity_E], target_nQ[i][excluded_query_E]
+        halves_E = (excluded_E > against_E).long() + (excluded_E >= against_E).long()
+        halves_nQ[i].index_add_(0, excluded_query_E, halves_E, alpha=-1)
 
 
 def _require_finite(values: Tensor, what: str) -> None:
@@ -173,9 +196,12 @@ def _excluded(
     return pairs[1], pairs[0]
 
 
-def _entities_per_chunk(scan: PrefixScan, num_queries: int, memory_mib: int) -> int:
+def _entities_per_chunk(scan: PrefixScan, num_queries: int, memory_mib: int, kernels: str) -> int:
     """Return how many entities keep the chunk's tensors within the memory."""
     num_groups, num_sub_models = scan.group_weights_Gn.shape
+    if kernels == "auto":
+        # the kernels hold nothing but the entities' columns, twice: as they are, and as tiles
+        return max(1, memory_mib * 2**20 // (2 * scan.group_weights_Gn.element_size() * scan.num_columns))
     per_pair = num_sub_models + (2 * scan.num_columns + num_groups if scan.scorer.is_distance else 2)
     per_entity = per_pair * num_queries + 2 * scan.num_columns
     # Elementwise distances are fastest while a chunk stays in the caches.

@@ -227,7 +227,7 @@ class Trainer:
         start = time.monotonic()
         ranks = rank_all(
             triples, self.table.local_rows(), self.relations.data, self.layout, self._known,
-            memory_mib=self.job.evaluate.memory_mib,
+            memory_mib=self.job.evaluate.memory_mib, kernels=self.job.runtime.kernels,
         )  # fmt: skip
         mrr = (1 / ranks.of("both")).mean(1)
         by_dim = {str(dim): float(value) for dim, value in zip(self.layout.dims, mrr, strict=True)}

@@ -69,7 +69,8 @@ def naive_scores(
 
 @pytest.mark.parametrize("scorer", [*SCORERS, "transe_l2"])
 @pytest.mark.parametrize("reciprocal", [False, True])
-def test_ranks_equal_a_loop_over_entities(scorer: str, reciprocal: bool) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_ranks_equal_a_loop_over_entities(scorer: str, reciprocal: bool, kernels: str) -> None:
     name, norm = ("transe", "l2") if scorer == "transe_l2" else (scorer, "l1")
     job = toy_job(
         name,
@@ -82,7 +83,7 @@ def test_ranks_equal_a_loop_over_entities(scorer: str, reciprocal: bool) -> None
         np.stack([draws.integers(0, n, 300) for n in (NUM_ENTITIES, NUM_RELATIONS, NUM_ENTITIES)], 1), axis=0
     )
     known, ranked = KnownTriples([triples], num_entities=NUM_ENTITIES, num_relations=NUM_RELATIONS), triples[::15]
-    ranks = rank_all(ranked, rows, relations, layout, known, memory_mib=1)
+    ranks = rank_all(ranked, rows, relations, layout, known, memory_mib=1, kernels=kernels)
     facts = [tuple(t) for t in triples.tolist()]
     for t, (head, relation, tail) in enumerate(ranked.tolist()):
         for side, target in (("head", head), ("tail", tail)):
@@ -97,17 +98,18 @@ def test_ranks_equal_a_loop_over_entities(scorer: str, reciprocal: bool) -> None
             np.testing.assert_array_equal(ranks.of(side)[:, t], expected)
 
 
-def test_chunks_of_any_size_give_the_same_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_chunks_of_any_size_give_the_same_ranks(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
     for scorer in ("transe", "complex"):
         layout = layout_of(toy_job(scorer).model, NUM_ENTITIES, NUM_RELATIONS)
         rows, relations = tables_for(layout)
         triples = np.stack([np.arange(40) % n for n in (NUM_ENTITIES, NUM_RELATIONS, 7)], 1).astype(np.int64)
         known = KnownTriples([triples], num_entities=NUM_ENTITIES, num_relations=NUM_RELATIONS)
-        whole = rank_all(triples, rows, relations, layout, known)
+        whole = rank_all(triples, rows, relations, layout, known, kernels=kernels)
         for size in (1, 7, 59, 60):
             monkeypatch.setattr("medscale.ranking._entities_per_chunk", lambda *_, size=size: size)
             np.testing.assert_array_equal(
-                rank_all(triples, rows, relations, layout, known).of("both"), whole.of("both")
+                rank_all(triples, rows, relations, layout, known, kernels=kernels).of("both"), whole.of("both")
             )
         monkeypatch.undo()
 
@@ -207,7 +209,8 @@ def test_umls_ranks_equal_the_naive_ones_and_pykeens_metrics(umls: Graph, tmp_pa
 
 @pytest.mark.parametrize("scorer", ["complex", "transe", "rotate"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_equal_entities_tie_in_float32_too(scorer: str, threads: int) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_equal_entities_tie_in_float32_too(scorer: str, threads: int, kernels: str) -> None:
     """Every entity stands in the table twice, so whatever its score, its twin's is the same: half a rank each."""
     layout = layout_of(toy_job(scorer, model={"dims": (10, 25, 50), "tiers": {"t": 50}}).model, 1000, NUM_RELATIONS)
     generator = torch.Generator().manual_seed(0)
@@ -220,7 +223,8 @@ def test_equal_entities_tie_in_float32_too(scorer: str, threads: int) -> None:
     try:
         rows = TableRows([torch.cat([half, half])], layout.num_columns)
         for memory_mib in (1, 512):
-            ranks = rank_all(triples, rows, relations, layout, nothing, memory_mib=memory_mib).of("both")
+            ranked = rank_all(triples, rows, relations, layout, nothing, memory_mib=memory_mib, kernels=kernels)
+            ranks = ranked.of("both")
             # better entities come in pairs, and the twin counts half
             assert ((ranks - 1.5) % 2 == 0).all()
     finally:

@@ -199,8 +199,8 @@ def _scores(
 ):  # fmt: skip
     """Score a tile of one chunk's positives and candidates: [BP, BK], `BC` columns at a time."""
     blocks_P, blocks_K = tl.cdiv(P, BP), tl.cdiv(K, BK)
-    block = tl.program_id(0).to(tl.int64)
-    x = block // (blocks_P * blocks_K)
+    block = tl.program_id(0)
+    x = (block // (blocks_P * blocks_K)).to(tl.int64)
     p_P = block // blocks_K % blocks_P * BP + tl.arange(0, BP)
     k_K = block % blocks_K * BK + tl.arange(0, BK)
     row_K = tl.load(candidates_XK + x * K + k_K, mask=k_K < K, other=0)
@@ -453,4 +453,4 @@ def _add_segments(
 def _slot(j, begin, SEGMENT: tl.constexpr):
     """Where the sum of the segment at j goes: of rows cut into several, `SEGMENT` positions hold the start of at
     most one first segment, and of at most one later one."""
-    return j.to(tl.int64) // SEGMENT * 2 + tl.where(j == begin, 1, 0)
+    return tl.cast(j, tl.int64) // SEGMENT * 2 + tl.where(j == begin, 1, 0)
