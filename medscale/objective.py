@@ -22,7 +22,7 @@ from medscale.loss.fused import Kernels
 from medscale.loss.med import ScalingParameters, dynamic_weights, mutual_divergence, positive_weights
 from medscale.loss.negatives import NegativeConstants, mutual_sums, negative_losses
 from medscale.loss.regularizer import column_strengths, row_penalties
-from medscale.loss.softmax import log_probabilities, target_log_probabilities
+from medscale.loss.softmax import log_probabilities
 from medscale.model.layout import Layout
 from medscale.model.prefix import PrefixScan, prefix_scan
 from medscale.model.rows import Rows, add_rows
@@ -168,42 +168,57 @@ class Objective(torch.nn.Module):
     # -- softmax losses -----------------------------------------------------------------------------------
 
     def _softmax_terms(self, batch: QueryBatch, rows: Rows, relations_RC: Tensor, step: int) -> Terms:
-        """Cross-entropy over candidates; only chosen sub-models are scored, each a product of matrices."""
+        """Cross-entropy over candidates; only chosen sub-models are scored, each level a product of matrices."""
         chosen = self._chosen(step)
         scan, med, targets = self._scan_of(tuple(chosen)), self.job.med, batch.targets
-        scores = self._candidate_scores(batch, scan, chosen, rows, relations_RC)
-        pairs = [(a, a + 1) for a in range(len(chosen) - 1) if chosen[a + 1] == chosen[a] + 1]
-        if med.mutual != "off" and pairs:
-            logs = [log_probabilities(s, batch.bias_M) for s in scores]
-            log_mT = torch.stack([log[targets.query_T, targets.candidate_T] for log in logs])
-            mutual = torch.stack([mutual_divergence(logs[a], logs[b], both=med.mutual == "both") for a, b in pairs])
-        else:
-            log_mT = torch.stack([target_log_probabilities(s, batch.bias_M, targets) for s in scores])
-            mutual, pairs = rows.values_UC.new_zeros(0), []
+        taught = tuple(med.mutual != "off" and m > 0 and chosen[m] == chosen[m - 1] + 1 for m in range(len(chosen)))
+        log_mT, mutual_m = self._log_probabilities(batch, scan, chosen, taught, rows, relations_RC)
         hard = -(self._answer_weights(log_mT, chosen) * log_mT).sum(1)
+        mutual = mutual_m[list(taught)]
         known, relation = batch.known_Q[targets.query_T], batch.relation_Q[targets.query_T]
         penalty = self._penalty(rows.values_UC, relations_RC, known, relation, targets.candidate_T)
         barrier = self.scaling.barrier()
         total = (self._loss_weights()[chosen] * hard).sum() + med.mutual_weight * mutual.sum() + penalty + barrier
-        return Terms(hard, scan.dims, mutual, tuple(scan.dims[b] for _, b in pairs), penalty, barrier, total)
+        taught_dims = tuple(dim for dim, is_taught in zip(scan.dims, taught, strict=True) if is_taught)
+        return Terms(hard, scan.dims, mutual, taught_dims, penalty, barrier, total)
 
-    def _candidate_scores(
-        self, batch: QueryBatch, scan: PrefixScan, chosen: Sequence[int], rows: Rows, relations_RC: Tensor
-    ) -> list[Tensor]:
-        """Return logits [Q, M] of each chosen sub-model; a product's score is its logit."""
-        scorer = self.layout.scorer
+    def _log_probabilities(
+        self, batch: QueryBatch, scan: PrefixScan, chosen: Sequence[int], taught: tuple[bool, ...], rows: Rows,
+        relations_RC: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return (log p(target | query) [m, T], divergence of each chosen sub-model from the one before [m])."""
+        scorer, both, targets = self.layout.scorer, self.job.med.mutual == "both", batch.targets
         known_QC, relation_QR = rows.take(batch.known_Q), _gather(relations_RC, batch.relation_Q)
         split = [batch.num_tail_queries, len(known_QC) - batch.num_tail_queries]
         (known_tails, known_heads), (for_tails, for_heads) = known_QC.split(split), relation_QR.split(split)
-        queries = (scorer.query(known_tails, for_tails, "tail"), scorer.query(known_heads, for_heads, "head"))
-        query_1QC = torch.cat(queries).unsqueeze(0)
-        if not scorer.is_distance:
-            return [s.squeeze(0) for s in scan.product_scores(query_1QC, rows.values_UC.unsqueeze(0))]
-        scale_1QC = None
-        if scorer.scale:
-            scale_1QC = torch.cat([scorer.scale(for_tails, "tail"), scorer.scale(for_heads, "head")]).unsqueeze(0)
-        scores_mQM = scan.scores(query_1QC, rows.values_UC.unsqueeze(0), scale_1QC).squeeze(1)
-        return list(self.logits.of(chosen)(scores_mQM))
+        query_QC = torch.cat(
+            [scorer.query(known_tails, for_tails, "tail"), scorer.query(known_heads, for_heads, "head")]
+        )
+        fused = self.kernels.softmax if self.kernels else None
+        if fused and not scorer.is_distance:
+            return fused.product_log_probabilities(
+                fused.Softmax(scan, taught, both), query_QC, rows, batch.bias_M, targets
+            )
+        query_1QC, values_1UC = query_QC.unsqueeze(0), rows.values_UC.unsqueeze(0)
+        if scorer.is_distance:
+            scale_1QC = None
+            if scorer.scale:
+                scale_1QC = torch.cat([scorer.scale(for_tails, "tail"), scorer.scale(for_heads, "head")]).unsqueeze(0)
+            scores_mQM = self.logits.of(chosen)(scan.scores(query_1QC, values_1UC, scale_1QC).squeeze(1))
+            if fused:
+                return fused.score_log_probabilities(
+                    fused.Softmax(scan, taught, both), scores_mQM, batch.bias_M, targets
+                )
+        else:
+            # a product's score is its logit
+            scores_mQM = torch.cat(scan.product_scores(query_1QC, values_1UC))
+        logs_mQM = log_probabilities(scores_mQM, batch.bias_M)
+        nothing = logs_mQM.new_zeros(())
+        divergences = [
+            mutual_divergence(logs_mQM[m - 1], logs_mQM[m], both=both) if is_taught else nothing
+            for m, is_taught in enumerate(taught)
+        ]
+        return logs_mQM[:, targets.query_T, targets.candidate_T], torch.stack(divergences)
 
     def _answer_weights(self, log_mT: Tensor, chosen: Sequence[int]) -> Tensor:
         """Weights [m, T] of answers (equation 3, with the probability of the answer as evidence).

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from toy import toy_job
 
-from medscale.batches.queries import Targets
 from medscale.config import LossSection
 from medscale.loss.bce import Logits, logits_of
 from medscale.loss.med import (
@@ -19,9 +18,8 @@ from medscale.loss.med import (
     negative_weights,
     positive_weights,
 )
-from medscale.loss.regularizer import column_strengths, row_penalties
 from medscale.loss.negatives import NegativeConstants, negative_losses
-from medscale.loss.softmax import log_probabilities, target_log_probabilities
+from medscale.loss.regularizer import column_strengths, row_penalties
 from medscale.model.layout import layout_of
 from medscale.objective import Objective
 
@@ -129,23 +127,6 @@ def test_learnable_scaling_parameters_stay_positive_under_the_barrier() -> None:
     # the minimum of c w - b log w is at b / c
     torch.testing.assert_close(scaling.values.detach(), torch.tensor([0.1 / 3, 0.05, 0.1]), rtol=1e-2, atol=1e-4)
     assert ScalingParameters(1, 1, 1, learnable=False, barrier=0.1).barrier() == 0
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_target_log_probabilities_equal_log_softmax_and_its_gradient(biased: bool) -> None:
-    scores = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
-    bias = torch.rand(9, dtype=torch.float64) if biased else None
-    targets = Targets(torch.tensor([0, 0, 2, 3, 3, 3]), torch.tensor([1, 5, 0, 2, 2, 8]))
-    weights = torch.randn(6, dtype=torch.float64)
-    results = []
-    for logs in (
-        target_log_probabilities(scores, bias, targets),
-        log_probabilities(scores, bias)[targets.query_T, targets.candidate_T],
-    ):
-        (gradient,) = torch.autograd.grad((logs * weights).sum(), scores)
-        results.append((logs.detach(), gradient))
-    for fast, plain in zip(*results, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
 
 
 def test_regularizers_count_each_column_once_with_its_levels_strength() -> None:

@@ -179,11 +179,12 @@ def test_binary_losses_equal_the_paper_written_out(toy_graph: Graph, scorer: str
 @pytest.mark.parametrize("evolution", ["off", "previous", "own"])
 @pytest.mark.parametrize("damping", [(1.0,), (0.5, 0.25)])
 @pytest.mark.parametrize("reciprocal", [False, True])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_softmax_losses_equal_single_triples_written_out(
-    toy_graph: Graph, scorer: str, evolution: str, damping: tuple[float, ...], reciprocal: bool
+    toy_graph: Graph, scorer: str, evolution: str, damping: tuple[float, ...], reciprocal: bool, kernels: str
 ) -> None:
     job = toy_job(
-        scorer, med={"evolution": evolution, "mutual": "both"}, train={"batch_size": 5},
+        scorer, med={"evolution": evolution, "mutual": "both"}, runtime={"kernels": kernels}, train={"batch_size": 5},
         model={"dims": (2, 4, 5), "damping": damping, "reciprocal": reciprocal},
         loss={"kind": "softmax", "regularizer": "n3", "regularizer_weights": (0.1, 0.2, 0.3)},
         negatives={"kind": "shared"},

@@ -24,6 +24,8 @@ class Kernels:
         self.corruptions: Any = importlib.import_module(
             "medscale.loss." + ("triton_corruptions" if on_gpu else "cpu_corruptions")
         )
+        #: on a GPU torch's own log-softmax is as good
+        self.softmax: Any = None if on_gpu else importlib.import_module("medscale.loss.cpu_softmax")
 
     def pair_scores(self, levels: Levels, query_RC: Tensor, target_RC: Tensor, scale_RC: Tensor | None) -> Tensor:
         """Return scores [n, R] of one candidate for each query."""

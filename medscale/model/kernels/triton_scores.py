@@ -7,15 +7,15 @@ a level's sum is divided by the product of kappas so far (it `rise`s) and runnin
 `fall`), which gives s = own + kappa x s without another kind of scan.
 
 **Gradients** start with one factor per pair and level, d loss / d (level's own sum): the same scan backwards
-over the sub-models' gradients. Queries then gather: a program owns some queries' columns and walks their
-candidates. So do rows: pairs are sorted by row, and a program owns the columns of one row and walks the pairs that
-touch it. Against atomic adds this reads the rows once more, but adds in one order, so that runs repeat bit for bit,
-and reads and writes each row's gradient once instead of once per pair. Rows that repeat often, such as hubs, are cut
-into segments of a fixed length, summed in order at the end.
+over the sub-models' gradients. Queries then gather: a program owns some columns of a query and walks its candidates.
+So do rows: candidates are sorted by row, and a program owns some columns of a row and walks the pairs that touch it.
+Against atomic adds this reads the rows once more, but adds in one order, so that runs repeat bit for bit, and reads
+and writes each row's gradient once instead of once per pair. Rows that repeat often, such as hubs, are cut into
+segments of a fixed length, summed in order at the end.
 
-**Traffic** of 1,024 positives x 64 fresh candidates x 640 float32 columns, all rows distinct, is 168 MB per
-pass over the rows: scores 168 MB (and 17 MB written by 64 sub-models), queries' gradients 168 MB, rows' gradients
-504 MB (rows, and their gradients read and written). Queries, ids and factors stay in the L2 cache.
+**Traffic** of 1,024 positives x 64 fresh candidates x 640 float32 columns, all rows distinct, is 168 MB for each
+pass over the rows: one for scores (and 17 MB written by 64 sub-models), one for queries' gradients, three for rows'
+gradients (rows, and their gradients read and written). Queries, ids and factors stay in the L2 cache.
 """
 
 import functools
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from medscale.model.kernels.levels import Levels
 
-__all__ = ["chunk_gradients", "chunk_scores", "pair_gradients", "pair_scores", "root", "terms"]
+__all__ = ["add_rows", "chunk_gradients", "chunk_scores", "pair_gradients", "pair_scores", "root", "terms"]
 
 #: kappas this small wipe out what lies below in float32; smaller ones would only overflow `rise`
 _LEAST_KAPPA = 1e-8
@@ -88,6 +88,12 @@ def pair_gradients(
         *_as_chunks(query_RC, target_RC, scale_RC), target_gradient_RC,
     )  # fmt: skip
     return query_R1C[:, 0], target_gradient_RC, None if scale_R1C is None else scale_R1C[:, 0]
+
+
+def add_rows(values_RC: Tensor, positions_R: Tensor, rows_UC: Tensor) -> None:
+    """Add each value to the row at its position, in order; positions may repeat."""
+    # Unlike `index_add_`, which adds by atomics, this sorts positions first.
+    rows_UC.index_put_((positions_R,), values_RC, accumulate=True)
 
 
 def _as_chunks(
@@ -451,6 +457,8 @@ def _add_segments(
 
 @triton.jit
 def _slot(j, begin, SEGMENT: tl.constexpr):
-    """Where the sum of the segment at j goes: of rows cut into several, `SEGMENT` positions hold the start of at
-    most one first segment, and of at most one later one."""
+    """Where the sum of the segment at j goes.
+
+    Of rows cut into several, any `SEGMENT` positions hold the start of at most one first segment and one later one.
+    """
     return tl.cast(j, tl.int64) // SEGMENT * 2 + tl.where(j == begin, 1, 0)
