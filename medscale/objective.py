@@ -162,7 +162,7 @@ class Objective(torch.nn.Module):
         return NegativeConstants(
             logits=self.logits, evidence=tuple(evidence[med.evolution]),
             taught=tuple(med.mutual != "off" and i > 0 and i in chosen for i in number), raw=med.form == "paper",
-            over_batch=med.normalize == "batch", both=med.mutual == "both",
+            over_batch=med.normalize == "batch", both=med.mutual == "both", weights_learn=med.weights == "learnable",
         )  # fmt: skip
 
     # -- softmax losses -----------------------------------------------------------------------------------

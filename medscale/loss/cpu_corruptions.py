@@ -45,7 +45,7 @@ def corruption_terms(
     # struct Corruptions; the list keeps the tensors alive
     fields = [
         geometry_number(levels, scaled=scale_XPC is not None), num_sub_models, num_chunks, num_queries, num_candidates,
-        query_XPC.shape[2], rows_UC.shape[1], int(constants.raw), int(constants.over_batch), int(constants.both),
+        query_XPC.shape[2], rows_UC.shape[1], int(constants.raw), int(constants.over_batch), int(constants.both), int(constants.weights_learn),
         float(w2), torch.tensor(levels.ends), torch.tensor(levels.kappas, dtype=dtype),
         constants.logits.temperatures.to(dtype), constants.logits.margins.to(dtype),
         torch.tensor(constants.evidence), torch.tensor(constants.taught).long(), hard_weights_n,

@@ -33,6 +33,8 @@ class NegativeConstants:
     over_batch: bool
     #: the larger of two neighbours learns too, instead of being a detached teacher
     both: bool
+    #: whether the derivative by w2 is wanted
+    weights_learn: bool = False
 
 
 @dataclass(frozen=True)

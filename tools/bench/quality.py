@@ -9,11 +9,8 @@ tools/bench/results/quality/NAME.json; `--json` prints it instead.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -21,23 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from environment import environment
+
 from medscale.jobfile import load_job
 
 RESULTS = Path(__file__).parent / "results" / "quality"
-LIBRARIES = ("torch", "torchrec", "fbgemm-gpu", "numpy", "pyarrow", "medscale")
-
-
-def environment(cores: list[int], command: list[str]) -> dict[str, Any]:
-    """Return what a figure depends on beside the code."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(cores),
-        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in LIBRARIES}},
-        "command": " ".join(["medscale", *command]),
-    }
 
 
 def run(command: list[str], cores: list[int], minutes: float | None) -> float:
@@ -91,9 +76,9 @@ def main() -> None:
     seconds = run(["train", *places], cores, arguments.minutes)
     if arguments.minutes is not None:
         seconds += run(["evaluate", *places], cores, None)
-    shown = ["train", str(arguments.job)]
     name = load_job(arguments.job).name
-    written = {"environment": environment(cores, shown), **result(arguments.runs_dir / name, seconds)}
+    facts = environment(f"medscale train {arguments.job}", len(cores))
+    written = {"environment": facts, **result(arguments.runs_dir / name, seconds)}
     text = json.dumps(written, indent=1) + "\n"
     if arguments.json:
         print(text)

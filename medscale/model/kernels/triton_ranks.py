@@ -49,9 +49,9 @@ def rank_counts(
     last_L, output_L = (torch.tensor(values, device=device) for values in (levels.ends, levels.outputs))
     kappa_L = torch.tensor(levels.kappas, dtype=query_QC.dtype, device=device)
     scale_QC = None if scale_QC is None else scale_QC.contiguous()
-    stride = entities_NC.shape[1]
     query_QC = query_QC.contiguous()
-    # The same launch twice: strides must agree for the program to be the same, down to its last bit.
+    assert target_QC.shape[1] == entities_NC.shape[1], (target_QC.shape, entities_NC.shape)
+    # Twice the same program: what differs between the launches is named in `do_not_specialize`.
     for entities, exclusions, count, rows_per_block, blocks in (
         (target_QC.contiguous(), nothing, num_queries, _BQ, _BQ // _BN),
         (entities_NC.contiguous(), excluded, num_entities, 0, blocks_N),
@@ -60,7 +60,7 @@ def rank_counts(
             query_QC, scale_QC, entities, last_L, kappa_L, output_L, *exclusions, targets_nQ, halves_nQ,
             num_queries, count, rows_per_block, blocks_Q,
             GEOMETRY=levels.geometry, NUM_LEVELS=len(levels.ends), QUERY_STRIDE=query_QC.shape[1],
-            ENTITY_STRIDE=stride, BQ=_BQ, BN=_BN, BC=_BC,
+            ENTITY_STRIDE=entities_NC.shape[1], BQ=_BQ, BN=_BN, BC=_BC,
         )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def _counts(
     n_N = tile % blocks_Q * rows_per_block + tile // blocks_Q * BN + tl.arange(0, BN)
     is_query_Q, is_entity_N = q_Q < num_queries, n_N < num_entities
     # What does not count is infinitely far from the start, and neither better than a finite target nor equal.
-    excluded_NQ = (is_entity_N == 0)[:, None] | (is_query_Q == 0)[None, :]
+    excluded_NQ = tl.broadcast_to((n_N >= num_entities)[:, None], (BN, BQ))
     for e in range(tl.load(first_excluded_T + tile), tl.load(first_excluded_T + tile + 1)):
         is_query_e = q_Q == tl.load(excluded_query_E + e)
         is_entity_e = n_N == tl.load(excluded_entity_E + e)
@@ -122,4 +122,4 @@ def _counts(
                 target_NQ = tl.load(targets_nQ + at_Q, mask=is_query_Q, other=0.0)[None, :]
                 halves_NQ = tl.where(sum_NQ < target_NQ, 2, 0) + tl.where(sum_NQ == target_NQ, 1, 0)
                 halves_Q = tl.sum(halves_NQ, 0).to(tl.int64)
-                tl.atomic_add(halves_nQ + at_Q, halves_Q, mask=halves_Q > 0, sem="relaxed")
+                tl.atomic_add(halves_nQ + at_Q, halves_Q, mask=(halves_Q > 0) & is_query_Q, sem="relaxed")

@@ -159,7 +159,7 @@ def _score_blocks(levels: Levels, num_positives: int, num_candidates: int) -> tu
 
 
 def _column_block(levels: Levels, most: int) -> int:
-    return min(most, max(2, triton.next_power_of_2(levels.num_columns)))
+    return min(most, max(2, int(triton.next_power_of_2(levels.num_columns))))
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -19,7 +19,7 @@ constexpr i64 COLUMNS = 32;
 // The arguments of a step's corruption; `Corruptions` in corruptions.py mirrors it.
 template <class T> struct Corruptions {
     i64 geometry, num_sub_models, num_chunks, num_queries, num_candidates, stride, row_stride;
-    i64 raw, over_batch, both;
+    i64 raw, over_batch, both, weights_learn;
     double w2;
     const i64* ends_n;
     const T *kappas_n, *temperatures_n, *margins_n;
@@ -44,12 +44,12 @@ namespace {
 // Buffers of one thread.
 template <class T> struct Workspace {
     i64 tiles, padded;
-    std::vector<T> candidates_TCN, scores_PnK, factors_PnK, weights_K, keep_K, present_K;
+    std::vector<T> candidates_TCN, scores_PnK, factors_PnK, weights_K, slopes_K, keep_K, present_K;
 
     explicit Workspace(const Corruptions<T>& a)
         : tiles((a.num_candidates + LANES - 1) / LANES), padded(tiles * LANES),
           candidates_TCN(tiles * a.ends_n[a.num_sub_models - 1] * LANES), scores_PnK(QUERIES * a.num_sub_models * padded),
-          factors_PnK(QUERIES * a.num_sub_models * padded), weights_K(padded), keep_K(padded), present_K(padded) {
+          factors_PnK(QUERIES * a.num_sub_models * padded), weights_K(padded), slopes_K(padded), keep_K(padded), present_K(padded) {
         std::fill(present_K.begin(), present_K.begin() + a.num_candidates, T(1));
     }
 };
@@ -101,7 +101,8 @@ INLINE std::pair<T, T> weigh(const Corruptions<T>& a, i64 j, const T* scores_nK,
     T top = largest<T>(tops);
     top = top > lowest ? top : 0;
     for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
-        V<T> weight = exponential(slope * (gamma + load(scores + k)) - top);
+        // products fused into sums round once, not twice: with huge logits the difference may come out above 0
+        V<T> weight = exponential(smaller<T>(slope * (gamma + load(scores + k)) - top, V<T>{}));
         weight = load(keep + k) > 0 ? weight : V<T>{};
         store(weights + k, weight);
         totals += weight;
@@ -109,14 +110,33 @@ INLINE std::pair<T, T> weigh(const Corruptions<T>& a, i64 j, const T* scores_nK,
     return {top, sum(totals)};
 }
 
+// Sum weight x evidence, and loss x evidence: what the derivative by w2 is made of. Even weights have none.
+template <class T>
+void slope_sums(const Corruptions<T>& a, i64 j, i64 i, i64 query, T scale, const T* scores_nK, Workspace<T>& w) {
+    const i64 n = a.num_sub_models, per_sum = a.num_chunks * a.num_queries * n;
+    const T evidence_a = a.raw || j < 0 ? T(1) : a.temperatures_n[j], evidence_gamma = a.raw || j < 0 ? T(0) : a.margins_n[j];
+    V<T> mean = {}, product = {};
+    for (i64 k = 0; j >= 0 && k < w.padded; k += WIDTH<T>) {
+        V<T> weight = load(w.weights_K.data() + k), z = a.temperatures_n[i] * (a.margins_n[i] + load(scores_nK + i * w.padded + k));
+        V<T> evidence = weight * (evidence_a * (evidence_gamma + load(scores_nK + j * w.padded + k)));
+        evidence = weight > 0 ? evidence : V<T>{};
+        mean += evidence;
+        product += evidence * (larger<T>(z, V<T>{}) + log_1_plus(exponential(-absolute<T>(z))));
+    }
+    a.sums_4XPn[per_sum + query * n + i] = scale * sum(mean);
+    a.sums_4XPn[2 * per_sum + query * n + i] = scale * sum(product);
+}
+
 // Take one query's losses, and fill in what each level's own sum is worth to them, last level first.
 // z = a (gamma + s). Weight x softplus(z) is equation 5, Huber between neighbours' z equation 2.
-template <int G, class T>
+template <int G, bool WEIGHTS_LEARN, class T>
 void differentiate_losses(const Corruptions<T>& a, i64 query, const T* scores_nK, T* __restrict factors_nK, Workspace<T>& w) {
     const i64 n = a.num_sub_models, per_sum = a.num_chunks * a.num_queries * n;
     const T share = T(1) / T(a.num_chunks * a.num_queries), sign = G == PRODUCT || G == L2 ? 1 : -1;
     const T* weights = w.weights_K.data();
     const T* present = w.present_K.data();
+    T* slopes = w.slopes_K.data();
+    std::fill(w.slopes_K.begin(), w.slopes_K.end(), T(0));
     for (i64 i = n - 1; i >= 0; i--) {
         i64 j = a.evidence_n[i];
         T scale = 0;
@@ -126,47 +146,37 @@ void differentiate_losses(const Corruptions<T>& a, i64 query, const T* scores_nK
         } else {
             std::fill(w.weights_K.begin(), w.weights_K.end(), T(0));
         }
-        j = std::max<i64>(j, 0);
-        const T evidence_a = a.raw ? T(1) : a.temperatures_n[j], evidence_gamma = a.raw ? T(0) : a.margins_n[j];
+        if (WEIGHTS_LEARN) slope_sums(a, j, i, query, scale, scores_nK, w);
         // Neighbours that are missing, or not taught, pull with no weight: one loop serves all sub-models.
         const i64 below = std::max<i64>(i - 1, 0), above = std::min(i + 1, n - 1);
         const T own_a = a.temperatures_n[i], gamma = a.margins_n[i];
         const T a_below = a.temperatures_n[below], gamma_below = a.margins_n[below];
-        const T a_above = a.temperatures_n[above], gamma_above = a.margins_n[above];
         const T pull = sign * a.hard_weights_n[i] * own_a * scale;
         const T pull_below = i > 0 && a.taught_n[i] && a.both ? sign * a.mutual_weights_n[i] * own_a : T(0);
         const T pull_above = above > i && a.taught_n[above] ? sign * a.mutual_weights_n[above] * own_a : T(0);
         const T kappa = above > i ? a.kappas_n[above] : T(0);
         const T *scores = scores_nK + i * w.padded, *scores_below = scores_nK + below * w.padded;
-        const T *scores_above = scores_nK + above * w.padded, *evidences = scores_nK + j * w.padded;
         const T* factors_above = factors_nK + above * w.padded;
         T* factors = factors_nK + i * w.padded;
-        V<T> hard = {}, mean_evidence = {}, product = {}, mutual = {};
+        V<T> hard = {}, mutual = {};
         for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
-            V<T> s = load(scores + k), weight = load(weights + k), there = load(present + k);
+            V<T> s = load(scores + k), weight = load(weights + k);
             V<T> z = own_a * (gamma + s);
-            V<T> u = exponential(-absolute<T>(z));
+            V<T> u = exponential(-absolute<T>(z)), sigmoid = reciprocal(T(1) + u);
             V<T> softplus = larger<T>(z, V<T>{}) + log_1_plus(u);
-            V<T> loss = weight * (z == z ? softplus : z);
-            V<T> evidence = evidence_a * (evidence_gamma + load(evidences + k));
-            evidence = weight > 0 ? evidence : V<T>{};
-            hard += loss;
-            mean_evidence += weight * evidence;
-            product += loss * evidence;
-            V<T> gap_below = a_below * (gamma_below + load(scores_below + k)) - z;
-            V<T> slope_below = smaller<T>(larger<T>(gap_below, all(T(-1))), all(T(1)));
-            mutual += there * (slope_below * (gap_below - T(0.5) * slope_below));
-            V<T> gap_above = z - a_above * (gamma_above + load(scores_above + k));
-            V<T> slope_above = smaller<T>(larger<T>(gap_above, all(T(-1))), all(T(1)));
-            V<T> factor = pull * (weight * ((z > 0 ? all(T(1)) : u) / (T(1) + u)));
-            factor += there * (pull_above * slope_above - pull_below * slope_below);
+            hard += weight * (z == z ? softplus : z);
+            V<T> gap = a_below * (gamma_below + load(scores_below + k)) - z;
+            V<T> slope = load(present + k) * smaller<T>(larger<T>(gap, all(T(-1))), all(T(1)));
+            mutual += slope * (gap - T(0.5) * slope);
+            V<T> factor = pull * weight * (z > 0 ? sigmoid : u * sigmoid);
+            // the gap to the one above was taken when that one's turn was
+            factor += pull_above * load(slopes + k) - pull_below * slope;
+            store(slopes + k, slope);
             if constexpr (G == L2) factor = s == 0 ? V<T>{} : factor / s;
             store(factors + k, above > i ? factor + kappa * load(factors_above + k) : factor);
         }
         T* sums = a.sums_4XPn + query * n + i;
         sums[0] = scale * sum(hard);
-        sums[per_sum] = scale * sum(mean_evidence);
-        sums[2 * per_sum] = scale * sum(product);
         sums[3 * per_sum] = a.taught_n[i] ? sum(mutual) : T(0);
     }
 }
@@ -226,8 +236,10 @@ void corrupt(const Corruptions<T>& a, i64 offset, bool only_weights, i64 first, 
                         a.sums_4XPn[query * n + i] = top;
                         a.sums_4XPn[per_sum + query * n + i] = total;
                     }
+                else if (a.weights_learn)
+                    differentiate_losses<G, true>(a, query, scores_nK, w.factors_PnK.data() + p * per_query, w);
                 else
-                    differentiate_losses<G>(a, query, scores_nK, w.factors_PnK.data() + p * per_query, w);
+                    differentiate_losses<G, false>(a, query, scores_nK, w.factors_PnK.data() + p * per_query, w);
             }
             if (only_weights) continue;
             T* query_gradient_PC = a.query_gradient_XPC + at;

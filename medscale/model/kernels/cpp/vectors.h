@@ -115,11 +115,24 @@ INLINE V<double> exponential(V<double> x) {
     return x;
 }
 
-// log(1 + x) for x in [0, 1]: float within 3e-7 relative, 2 atanh(x / (2 + x)) as a series
+// 1 / v for v in [1, 2]. In float: an estimate and a step of Newton's, 2e-7.
+INLINE V<float> reciprocal(V<float> v) {
+#ifdef __AVX__
+    V<float> y = (V<float>)_mm256_rcp_ps((__m256)v);
+    return y * (2.0f - v * y);
+#else
+    return 1.0f / v;
+#endif
+}
+INLINE V<double> reciprocal(V<double> v) { return 1.0 / v; }
+
+// log(1 + x) for x in [0, 1]: float within 4e-7 relative, x times a polynomial fitted at Chebyshev's points
 INLINE V<float> log_1_plus(V<float> x) {
-    V<float> w = x / (2.0f + x), v = w * w;
-    V<float> p = ((((((1 / 13.0f) * v + 1 / 11.0f) * v + 1 / 9.0f) * v + 1 / 7.0f) * v + 1 / 5.0f) * v + 1 / 3.0f) * v + 1.0f;
-    return 2.0f * w * p;
+    constexpr float c[] = {0.999999965f, -0.499994357f, 0.333179343f, -0.248339455f, 0.190713096f, -0.135906002f, 0.0773807383f, -0.0289919564f, 0.00510582579f};
+    V<float> p = all(c[8]);
+#pragma GCC unroll 8
+    for (int i = 7; i >= 0; i--) p = p * x + c[i];
+    return p * x;
 }
 INLINE V<double> log_1_plus(V<double> x) {
     for (int i = 0; i < WIDTH<double>; i++) x[i] = std::log1p(x[i]);
