@@ -188,37 +188,41 @@ class Objective(torch.nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return (log p(target | query) [m, T], divergence of each chosen sub-model from the one before [m])."""
         scorer, both, targets = self.layout.scorer, self.job.med.mutual == "both", batch.targets
-        known_QC, relation_QR = rows.take(batch.known_Q), _gather(relations_RC, batch.relation_Q)
-        split = [batch.num_tail_queries, len(known_QC) - batch.num_tail_queries]
-        (known_tails, known_heads), (for_tails, for_heads) = known_QC.split(split), relation_QR.split(split)
-        query_QC = torch.cat(
-            [scorer.query(known_tails, for_tails, "tail"), scorer.query(known_heads, for_heads, "head")]
-        )
+        query_QC, scale_QC = self._queries(batch, rows, relations_RC)
         fused = self.kernels.softmax if self.kernels else None
+        results: tuple[Tensor, Tensor]
         if fused and not scorer.is_distance:
-            return fused.product_log_probabilities(
-                fused.Softmax(scan, taught, both), query_QC, rows, batch.bias_M, targets
-            )
+            softmax = fused.Softmax(scan, taught, both)
+            results = fused.product_log_probabilities(softmax, query_QC, rows, batch.bias_M, targets)
+            return results
         query_1QC, values_1UC = query_QC.unsqueeze(0), rows.values_UC.unsqueeze(0)
         if scorer.is_distance:
-            scale_1QC = None
-            if scorer.scale:
-                scale_1QC = torch.cat([scorer.scale(for_tails, "tail"), scorer.scale(for_heads, "head")]).unsqueeze(0)
-            scores_mQM = self.logits.of(chosen)(scan.scores(query_1QC, values_1UC, scale_1QC).squeeze(1))
-            if fused:
-                return fused.score_log_probabilities(
-                    fused.Softmax(scan, taught, both), scores_mQM, batch.bias_M, targets
-                )
+            scores_mQM = scan.scores(query_1QC, values_1UC, None if scale_QC is None else scale_QC.unsqueeze(0))
+            logits_mQM = self.logits.of(chosen)(scores_mQM.squeeze(1))
         else:
-            # a product's score is its logit
-            scores_mQM = torch.cat(scan.product_scores(query_1QC, values_1UC))
-        logs_mQM = log_probabilities(scores_mQM, batch.bias_M)
+            logits_mQM = torch.cat(scan.product_scores(query_1QC, values_1UC))  # a product's score is its logit
+        if fused:
+            softmax = fused.Softmax(scan, taught, both)
+            results = fused.score_log_probabilities(softmax, logits_mQM, batch.bias_M, targets)
+            return results
+        logs_mQM = log_probabilities(logits_mQM, batch.bias_M)
         nothing = logs_mQM.new_zeros(())
         divergences = [
             mutual_divergence(logs_mQM[m - 1], logs_mQM[m], both=both) if is_taught else nothing
             for m, is_taught in enumerate(taught)
         ]
         return logs_mQM[:, targets.query_T, targets.candidate_T], torch.stack(divergences)
+
+    def _queries(self, batch: QueryBatch, rows: Rows, relations_RC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the queries [Q, C], and the scales [Q, C] where the scorer has one; those for tails come first."""
+        scorer = self.layout.scorer
+        known_QC, relation_QR = rows.take(batch.known_Q), _gather(relations_RC, batch.relation_Q)
+        split = [batch.num_tail_queries, len(known_QC) - batch.num_tail_queries]
+        (known_tails, known_heads), (for_tails, for_heads) = known_QC.split(split), relation_QR.split(split)
+        queries = (scorer.query(known_tails, for_tails, "tail"), scorer.query(known_heads, for_heads, "head"))
+        if not scorer.scale:
+            return torch.cat(queries), None
+        return torch.cat(queries), torch.cat([scorer.scale(for_tails, "tail"), scorer.scale(for_heads, "head")])
 
     def _answer_weights(self, log_mT: Tensor, chosen: Sequence[int]) -> Tensor:
         """Weights [m, T] of answers (equation 3, with the probability of the answer as evidence).

@@ -5,6 +5,7 @@ score the same (the realistic, or mean, rank). Known answers other than the targ
 Nothing of size queries x entities x sub-models outlives one chunk of entities.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ def _rank_side(
     excluded_query, excluded_entity = _excluded(offsets, answers, target_ids)
 
     halves_nQ = torch.zeros((len(scan.dims), len(triples_Q3)), dtype=torch.int64, device=device)
+    count = functools.partial(_plain_counts, scan) if kernels == "torch" else _kernel_counts(scan, device)
     step = _entities_per_chunk(scan, len(triples_Q3), memory_mib, kernels)
     for start in range(0, rows.num_entities, step):
         stop = min(start + step, rows.num_entities)
@@ -126,19 +128,15 @@ def _rank_side(
         excluded = [torch.from_numpy(ids[first:last]).to(device) for ids in (excluded_query, excluded_entity)]
         entities_NC = rows.slice(start, stop)
         _require_finite(entities_NC, f"rows {start} to {stop - 1} of the entity table")
-        arguments = (query_QC, scale_QC, target_QC, entities_NC, start, *excluded, halves_nQ)
-        if kernels == "torch":
-            _plain_counts(scan, *arguments)
-        else:
-            _rank_counts(device)(scan.levels, *arguments)
+        count(query_QC, scale_QC, target_QC, entities_NC, start, *excluded, halves_nQ)
     ranks: NDArray[np.float64] = (1 + halves_nQ.double() / 2).cpu().numpy()
     return ranks
 
 
-def _rank_counts(device: torch.device) -> Any:
+def _kernel_counts(scan: PrefixScan, device: torch.device) -> Callable[..., None]:
     """Return the ranking kernel of a device."""
     name = "triton_ranks" if device.type == "cuda" else "cpu_ranks"
-    return importlib.import_module(f"medscale.model.kernels.{name}").rank_counts
+    return functools.partial(importlib.import_module(f"medscale.model.kernels.{name}").rank_counts, scan.levels)
 
 
 def _plain_counts(

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are declared: before anything imports triton
+
 from toy import write_toy_graph
 
 from medscale.graph.reader import Graph

@@ -155,7 +155,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
-@pytest.mark.parametrize("scorer", (*SCORERS, "transe_l2"))
+@pytest.mark.parametrize("scorer", [*SCORERS, "transe_l2"])
 @pytest.mark.parametrize("variant", range(len(VARIANTS)))
 def test_binary_losses_equal_the_paper_written_out(toy_graph: Graph, scorer: str, variant: int, kernels: str) -> None:
     scorer, norm = (scorer, "l1") if scorer != "transe_l2" else ("transe", "l2")

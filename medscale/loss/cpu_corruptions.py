@@ -43,9 +43,10 @@ def corruption_terms(
     scale_gradient_XPC = None if scale_XPC is None else query_XPC.new_zeros(query_XPC.shape)
     hard_weights_n = hard_weights_n.detach().to(dtype)
     # struct Corruptions; the list keeps the tensors alive
-    fields = [
+    fields: list[Tensor | float | None] = [
         geometry_number(levels, scaled=scale_XPC is not None), num_sub_models, num_chunks, num_queries, num_candidates,
-        query_XPC.shape[2], rows_UC.shape[1], int(constants.raw), int(constants.over_batch), int(constants.both), int(constants.weights_learn),
+        query_XPC.shape[2], rows_UC.shape[1], int(constants.raw), int(constants.over_batch), int(constants.both),
+        int(constants.weights_learn),
         float(w2), torch.tensor(levels.ends), torch.tensor(levels.kappas, dtype=dtype),
         constants.logits.temperatures.to(dtype), constants.logits.margins.to(dtype),
         torch.tensor(constants.evidence), torch.tensor(constants.taught).long(), hard_weights_n,

@@ -43,7 +43,8 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_UC: Tensor, rows: Rows, positions: Tensor) -> Tensor:
         ctx.rows, ctx.positions = rows, positions
-        return values_UC.index_select(0, positions.flatten()).unflatten(0, positions.shape)
+        taken: Tensor = values_UC.index_select(0, positions.flatten())
+        return taken.view(*positions.shape, values_UC.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -1,11 +1,13 @@
 """Time and memory, each measured in a process of its own."""
 
+import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +17,15 @@ import torch
 from medscale.config import RuntimeSection
 from medscale.distributed import choose_threads
 
-__all__ = ["copy_bandwidth", "in_own_process", "median_milliseconds", "peak_mib", "reset_peak", "resident_mib"]
+__all__ = [
+    "copy_bandwidth",
+    "cores_for",
+    "in_own_process",
+    "median_milliseconds",
+    "peak_mib",
+    "reset_peak",
+    "resident_mib",
+]
 
 T = TypeVar("T")
 
@@ -23,16 +33,22 @@ T = TypeVar("T")
 _COPIED = 1 << 26
 
 
-def in_own_process(threads: int, function: Callable[..., T], *arguments: Any) -> T:
-    """Return function(*arguments) from a fresh process that has as many cores as threads."""
+@contextlib.contextmanager
+def cores_for(threads: int) -> Iterator[None]:
+    """Give as many cores as threads to the processes that are started within."""
     cores = sorted(os.sched_getaffinity(0))
-    # A child inherits the cores, and its libraries count them when they are loaded.
+    # Children inherit the cores, and their libraries count them when they are loaded.
     os.sched_setaffinity(0, cores[:threads])
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_call, threads, function, arguments).result()
+        yield
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def in_own_process(threads: int, function: Callable[..., T], *arguments: Any) -> T:
+    """Return function(*arguments) from a fresh process that has as many cores as threads."""
+    with cores_for(threads), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_call, threads, function, arguments).result()
 
 
 def _call(threads: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
@@ -53,7 +69,7 @@ def _milliseconds(step: Callable[[], object], number: int) -> list[float]:
     for _ in range(number):
         step()
         times.append(time.perf_counter())
-    return [1000 * (b - a) for a, b in zip(times[:-1], times[1:], strict=True)]
+    return [1000 * (b - a) for a, b in itertools.pairwise(times)]
 
 
 def _gpu_milliseconds(step: Callable[[], object], number: int) -> list[float]:
@@ -64,7 +80,7 @@ def _gpu_milliseconds(step: Callable[[], object], number: int) -> list[float]:
         step()
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events[:-1], events[1:], strict=True)]
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 def copy_bandwidth(seconds: float, device: torch.device) -> float:

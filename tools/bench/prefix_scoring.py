@@ -106,9 +106,7 @@ def by_kernel(step: Step) -> Callable[[], object]:
 
 def by_torch(step: Step) -> Callable[[], object]:
     rows = Rows(step.rows_UC, add_rows)
-    return lambda: step.loss(
-        step.scan.scores(step.query_XPC, rows.take(step.candidates_XK), step.scale_XPC)
-    ).backward()
+    return lambda: step.loss(step.scan.scores(step.query_XPC, rows.take(step.candidates_XK), step.scale_XPC)).backward()
 
 
 def by_compiler(step: Step) -> Callable[[], object]:
@@ -124,9 +122,7 @@ def by_compiler(step: Step) -> Callable[[], object]:
     return lambda: loss(step.query_XPC, rows.take(step.candidates_XK), step.scale_XPC).backward()
 
 
-def records_of(
-    scorer: str, systems: list[str], numbers: list[int], seconds: float, threads: int
-) -> list[Record]:
+def records_of(scorer: str, systems: list[str], numbers: list[int], seconds: float, threads: int) -> list[Record]:
     """Measure one scorer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = {

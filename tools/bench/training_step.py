@@ -29,7 +29,7 @@ from workload import SCORERS, SHARING, add_data_option, dims_of, job_of, prepare
 
 from medscale import trainer as trainer_module
 from medscale.distributed import process_group
-from medscale.graph.reader import Graph, open_graph
+from medscale.graph.reader import open_graph
 from medscale.logs import log
 from medscale.loss.fused import Kernels
 from medscale.model.embedding import EntityTable

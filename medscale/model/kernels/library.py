@@ -7,6 +7,7 @@ loops), and says what it does with vectors; the price is a C++ compiler on the m
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -108,7 +109,8 @@ def arguments(*values: Tensor | float | None) -> Any:
 
 def _field(value: Tensor | float | None) -> Any:
     if isinstance(value, Tensor):
-        assert value.is_contiguous() and value.device.type == "cpu", (value.shape, value.device)
+        assert value.is_contiguous(), value.shape
+        assert value.device.type == "cpu", value.device
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p(None)
@@ -129,7 +131,7 @@ def run_parts(function: Callable[..., Any], count: int, *arguments: Any, multipl
     fixed = [ctypes.c_int64(value) if isinstance(value, int) else value for value in arguments]
     running = [
         _threads(parts - 1).submit(function, *fixed, ctypes.c_int64(first), ctypes.c_int64(last))
-        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
+        for first, last in itertools.pairwise(bounds[1:])
     ]
     function(*fixed, ctypes.c_int64(bounds[0]), ctypes.c_int64(bounds[1]))
     for part in running:

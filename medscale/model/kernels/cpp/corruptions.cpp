@@ -96,14 +96,15 @@ INLINE std::pair<T, T> weigh(const Corruptions<T>& a, i64 j, const T* scores_nK,
     V<T> tops = all(lowest);
     for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
         V<T> exponent = slope * (gamma + load(scores + k));
-        tops = larger<T>(load(keep + k) > 0 ? exponent : all(lowest), tops);
+        exponent = load(keep + k) > 0 ? exponent : all(lowest);
+        // kept, not taken again: another rounding of huge logits could come out far above the top
+        store(weights + k, exponent);
+        tops = larger<T>(exponent, tops);
     }
     T top = largest<T>(tops);
     top = top > lowest ? top : 0;
     for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
-        // products fused into sums round once, not twice: with huge logits the difference may come out above 0
-        V<T> weight = exponential(smaller<T>(slope * (gamma + load(scores + k)) - top, V<T>{}));
-        weight = load(keep + k) > 0 ? weight : V<T>{};
+        V<T> exponent = load(weights + k), weight = exponent > lowest ? exponential(exponent - top) : V<T>{};
         store(weights + k, weight);
         totals += weight;
     }

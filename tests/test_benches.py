@@ -1,0 +1,94 @@
+"""Benches run, and print what those who read their results rely on."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHES = Path(__file__).resolve().parents[1] / "tools" / "bench"
+IDENTITY = {"scorer", "system", "sub_models", "threads", "batch", "negatives", "units"}
+FIGURES = {"ms_per_step", "triples_per_s", "gb_per_s", "seconds", "peak_mib", "mrr"}
+
+
+def quick(name: str, *options: str) -> list[dict[str, Any]]:
+    """Run a bench on one thread and return its records, checked for what all have in common."""
+    command = [sys.executable, str(BENCHES / f"{name}.py"), "--quick", "--json", "--threads", "1", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout)
+    assert set(result) == {"environment", "results"}
+    assert set(result["environment"]) == {"date", "cpu", "cores", "versions", "command"}
+    assert result["environment"]["command"].startswith(f"python tools/bench/{name}.py --quick")
+    assert result["results"]
+    for record in result["results"]:
+        assert set(record) >= IDENTITY
+        assert FIGURES & set(record), record
+        assert all(record[name] >= 0 for name in FIGURES & set(record))
+        assert record["threads"] == 1
+    return result["results"]
+
+
+def test_prefix_scoring(tmp_path: Path) -> None:
+    written = tmp_path / "written.json"
+    records = quick("prefix_scoring", "--scorers", "distmult", "--sub-models", "2", "--out", str(written))
+    assert {(r["system"], r["sharing"]) for r in records} == {
+        (system, sharing) for system in ("kernel", "torch") for sharing in ("chunk32", "fresh")
+    }
+    assert all(r["ms_per_step"] > 0 and r["gb_per_s"] > 0 and r["copy_gb_per_s"] > 0 for r in records)
+    assert json.loads(written.read_text(encoding="utf-8"))["results"] == records
+
+
+def test_tables_show_what_differs() -> None:
+    command = [sys.executable, str(BENCHES / "prefix_scoring.py"), "--quick", "--threads", "1", "--sub-models", "1"]
+    done = subprocess.run([*command, "--scorers", "distmult"], capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-4000:]
+    table, constants = done.stdout.rsplit("\n", 2)[:2]
+    assert "chunk32" in table
+    assert "ms per step" in table
+    assert "scorer distmult" in constants
+    assert "batch 1024" in constants
+
+
+@pytest.mark.slow
+def test_training_step(data_dir: Path) -> None:
+    records = quick("training_step", "--data-dir", str(data_dir))
+    assert {(r["sub_models"], r["sharing"]) for r in records} == {
+        (number, sharing) for number in (1, 64) for sharing in ("chunk32", "fresh")
+    }
+    for record in records:
+        assert sum(record["shares"].values()) == pytest.approx(1, abs=0.02)
+        assert record["triples_per_s"] == pytest.approx(1e6 * 1.024 / record["ms_per_step"], rel=0.01)
+        assert (record["times_one"] == 1) == (record["sub_models"] == 1)
+
+
+@pytest.mark.slow
+def test_ranking(data_dir: Path) -> None:
+    records = quick("ranking", "--data-dir", str(data_dir), "--triples", "50")
+    assert [(r["scorer"], r["system"], r["sub_models"]) for r in records] == [
+        ("transe", "medscale", 1), ("transe", "medscale", 64),
+        ("complex", "medscale", 1), ("complex", "medscale", 64), ("complex", "gemm", 1),
+    ]  # fmt: skip
+    assert all(r["seconds"] > 0 and r["triples"] == 50 for r in records)
+
+
+@pytest.mark.slow
+def test_memory(data_dir: Path) -> None:
+    records = quick("memory", "--data-dir", str(data_dir))
+    assert [r["sub_models"] for r in records] == [1, 64]
+    assert all(r["peak_mib"] > r["step_mib"] for r in records)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("pykeen") is None, reason="PyKEEN is not installed: pip install pykeen")
+def test_peers(data_dir: Path) -> None:
+    records = quick("peers", "--data-dir", str(data_dir))
+    assert [(r["system"], r["sharing"]) for r in records] == [
+        ("medscale", "chunk32"), ("medscale", "fresh"), ("pykeen", "fresh"),
+    ]  # fmt: skip
+    for record in records:
+        assert 0 < record["mrr"] <= 1
+        assert set(record["mrr_by_dim"]) == ({"640"} if record["system"] == "pykeen" else {"10", "100", "640"})
