@@ -62,6 +62,7 @@ def check_all(data_dir: Path, runs_dir: Path, graphs_dir: Path) -> list[Check]:
         _guarded("GPU", check_gpu),
         check_bounds_variable(os.environ),
         _guarded("FBGEMM look-up", check_lookup),
+        _guarded("CPU kernels", check_kernels),
         _guarded("Ray", lambda: check_ray(os.environ)),
         check_readable("data root", data_dir),
         check_writable("graphs", graphs_dir),
@@ -222,6 +223,23 @@ def check_lookup() -> Check:
     if right and moved == [True, False, True, False]:
         return Check("FBGEMM look-up", "ok", "rows are read and updated")
     return Check("FBGEMM look-up", "problem", f"wrong rows (read {right}, moved {moved})", SETUP)
+
+
+def check_kernels() -> Check:
+    """Compile the CPU kernels, or find them compiled, and add two rows with them."""
+    import torch
+
+    from medscale.model.kernels.cpu_pairs import add_rows
+
+    repair = "install g++, or name a C++ compiler in CXX; without one: runtime.kernels: torch, which is slower"
+    rows = torch.zeros(2, 3)
+    try:
+        add_rows(torch.ones(3, 3), torch.tensor([0, 1, 1]), rows)
+    except UnsupportedError as error:
+        return Check("CPU kernels", "problem", str(error).splitlines()[0], repair)
+    if rows.tolist() == [[1.0] * 3, [2.0] * 3]:
+        return Check("CPU kernels", "ok", "compiled for this processor")
+    return Check("CPU kernels", "problem", f"wrong sums {rows.tolist()}", repair)
 
 
 def check_ray(environment: Mapping[str, str]) -> Check:

@@ -84,7 +84,7 @@ def plan(job: Job, size: GraphSize) -> Plan:
             "optimizer state": state,
             "graph": _graph_bytes(job, size),
             "batch": _batch_bytes(job, layout),
-            "ranking": _ranking_bytes(job, size),
+            "ranking": _ranking_bytes(job, size, layout),
         },
         disk={
             "graph": 3 * INT * (size.num_train + size.num_valid + size.num_test) + names,
@@ -116,30 +116,36 @@ def _graph_bytes(job: Job, size: GraphSize) -> int:
 def _batch_bytes(job: Job, layout: Layout) -> int:
     """The largest tensors of a step, forward and backward.
 
-    Binary losses hold the looked-up rows, every positive's query and candidates with their gradients, and scores
-    of all sub-models about six times over; softmax holds [queries, candidates] several times per sub-model.
+    Binary losses hold the looked-up rows with their gradients, and every positive's query; the kernels hold a few
+    tiles beside them, plain torch the candidates of every chunk and the scores of all sub-models about six times
+    over. Softmax holds [queries, candidates] per sub-model: once in the kernels, in plain torch several times.
     """
     train, negatives = job.train, job.negatives
-    columns = layout.num_columns
+    columns, fused = layout.num_columns, job.runtime.kernels == "auto"
     if job.loss.kind == "bce":
         size = 1 if negatives.kind == "per_positive" else negatives.chunk_size
         number = negatives.chunk_size if negatives.kind == "in_batch" else negatives.number
         pairs = train.batch_size * number
         candidates = pairs // size
         rows = min(layout.num_entities, 2 * train.batch_size + candidates)
-        gathered = 2 * candidates + 6 * train.batch_size
+        gathered = 8 * train.batch_size + (0 if fused else 2 * candidates)
+        if fused:
+            return FLOAT * ((3 * rows + gathered) * columns + 4 * len(layout.dims) * train.batch_size)
         return FLOAT * ((3 * rows + gathered) * columns + 6 * len(layout.dims) * pairs + 8 * SLICE_NUMBERS)
     own = 3 * train.batch_size
     candidates = layout.num_entities if negatives.kind == "all" else min(layout.num_entities, own + negatives.number)
     scored = min(len(layout.dims), job.med.sub_models_per_step or len(layout.dims))
-    per_score = 5 if job.med.mutual != "off" else 3
+    per_score = 1 if fused else 5 if job.med.mutual != "off" else 3
     return FLOAT * (per_score * scored * train.batch_size * candidates + 6 * candidates * columns)
 
 
-def _ranking_bytes(job: Job, size: GraphSize) -> int:
-    """Scores within the job's bound, and the ranks."""
+def _ranking_bytes(job: Job, size: GraphSize, layout: Layout) -> int:
+    """The ranks, and within the job's bound scores, or in the kernels the entities as tiles."""
     num_ranked = max(size.num_test, size.num_valid)
-    return 2 * job.evaluate.memory_mib * MIB + 4 * INT * num_ranked * len(job.model.dims)
+    working = 2 * job.evaluate.memory_mib * MIB
+    if job.runtime.kernels == "auto":
+        working = min(job.evaluate.memory_mib * MIB, 2 * FLOAT * layout.num_entities * layout.num_columns)
+    return working + 4 * INT * num_ranked * len(job.model.dims)
 
 
 def require_fit(job: Job, predicted: Plan, runs_directory: Path) -> None:

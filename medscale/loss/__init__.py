@@ -1,1 +1,1 @@
-"""Losses: of one sub-model (bce, softmax, regularizer) and of all together (med)."""
+"""Losses: of one sub-model (bce, softmax, regularizer), of all together (med, negatives), and fused with the scores."""

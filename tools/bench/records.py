@@ -7,14 +7,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from environment import environment
-from rich.table import Table
 
 from medscale.logs import console
 
-__all__ = ["Record", "options", "parse", "publish"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Record", "options", "parse", "publish", "table_of"]
 
 Record = dict[str, Any]
 
@@ -54,15 +56,17 @@ def publish(arguments: argparse.Namespace, records: Sequence[Record], libraries:
     if arguments.json:
         print(text, end="")
     else:
-        console().print(*_table(records), sep="\n")
+        console().print(*table_of(records), sep="\n")
 
 
 def _bench() -> str:
     return Path(sys.argv[0]).stem
 
 
-def _table(records: Sequence[Record]) -> tuple[Table, str]:
+def table_of(records: Sequence[Record]) -> "tuple[Table, str]":
     """Return a table of what differs between the records, and a line of what does not."""
+    from rich.table import Table
+
     names = list(dict.fromkeys(name for record in records for name in record))
     same = [n for n in names if len(records) > 1 and all(n in r and r[n] == records[0][n] for r in records)]
     shown = [n for n in names if n not in same]

@@ -17,7 +17,6 @@ from medscale.config import (
     RuntimeSection,
     TrainSection,
 )
-from medscale.prepare import prepare
 
 __all__ = ["SCORERS", "SHARING", "add_data_option", "dims_of", "job_of", "model_of", "prepared_graph"]
 
@@ -68,6 +67,9 @@ def add_data_option(parser: argparse.ArgumentParser) -> None:
 @contextlib.contextmanager
 def prepared_graph(data_dir: Path) -> Iterator[Path]:
     """Yield the graph's directory, prepared as `medscale train` does, for as long as it is needed."""
+    # Imported here: kernels are also measured on machines that have nothing to read graphs with.
+    from medscale.prepare import prepare
+
     with tempfile.TemporaryDirectory(prefix="medscale-bench-") as root:
         job = job_of("transe", dims_of(1), "chunk32", threads=1)
         yield prepare(job, data_root=data_dir, graphs_root=Path(root)).directory

@@ -1,6 +1,7 @@
 """Fast twins of the plain scores: what every sub-model costs is read and computed once.
 
-`scores` and `ranks` run on CPUs, compiled at first use for the machine they run on; `triton_scores` and
-`triton_ranks` on GPUs. Both take the same arguments. `prefix.PrefixScan` is the plain twin in torch that tests
-compare them with, and what runs where no kernel applies.
+`cpu_pairs` and `cpu_ranks` run on CPUs, in C++ (`cpp/`) that `library` compiles at first use for the machine it runs
+on; `triton_scores` and `triton_ranks` on GPUs. Functions of the same name take the same arguments. Their plain twin
+is `prefix.PrefixScan`, in torch: tests compare them with it, and `runtime.kernels: torch` runs it instead. The
+losses that belong to them lie in `medscale.loss`: `cpu_corruptions`, `cpu_softmax`, `triton_corruptions`.
 """
