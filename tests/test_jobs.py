@@ -108,7 +108,8 @@ def test_example_in_readme_is_a_job(readme: str, tmp_path: Path) -> None:
         load_job(path)
 
 
-def test_results_in_the_readme_are_those_committed() -> None:
-    command = [sys.executable, "tools/bench/quality_table.py", "--check"]
+@pytest.mark.parametrize("script", ["quality_table", "speed_table"])
+def test_results_in_the_readme_are_those_committed(script: str) -> None:
+    command = [sys.executable, f"tools/bench/{script}.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -5,16 +5,15 @@ usage: python tools/bench/quality_table.py [--check]
 
 import csv
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "tools" / "bench" / "results" / "quality"
+from readme import write_section
+
+RESULTS = Path(__file__).parent / "results" / "quality"
 #: rows of Table 11 of the paper: FB15K237, MED
 PAPER = Path(__file__).with_name("paper_link_prediction.csv")
-BEGIN, END = "<!-- results: written by tools/bench/quality_table.py -->", "<!-- end of results -->"
 
 
 def lines(result: dict[str, Any], shown: int = 6) -> Iterator[str]:
@@ -68,18 +67,8 @@ def table() -> str:
         "a small part of the 3000 epochs that the paper allows; its figures stand beside them. "
         "Every figure is in `tools/bench/results/quality/`, and `python tools/bench/quality.py JOB` measures it anew."
     )
-    return "\n".join([BEGIN, *rows, "", note, END])
-
-
-def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    start, end = text.index(BEGIN), text.index(END) + len(END)
-    current = text[:start] + table() + text[end:]
-    if "--check" in sys.argv:
-        sys.exit(0 if current == text else "README.md is out of date: run python tools/bench/quality_table.py")
-    readme.write_text(current, encoding="utf-8")
+    return "\n".join([*rows, "", note])
 
 
 if __name__ == "__main__":
-    main()
+    write_section("quality_table.py", table())

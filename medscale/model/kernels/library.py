@@ -66,7 +66,10 @@ def library() -> ctypes.CDLL:
 
 def _compile(compiler: str, sources: list[str], path: Path) -> None:
     log("compiling the CPU kernels for this processor (some seconds, once)")
-    remedy = "install g++ (or name a compiler in CXX), or set runtime.kernels to torch, which is slower"
+    remedy = (
+        "install g++ (or name a compiler in CXX, and a folder that can be written to in XDG_CACHE_HOME), or set "
+        "runtime.kernels to torch, which is slower"
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Under another name first: several processes may compile at once, and none may load half a file.

@@ -1,0 +1,102 @@
+"""Write the tables of committed speed results into README.md, between their two marks.
+
+usage: python tools/bench/speed_table.py [--check]
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from readme import write_section
+
+RESULTS = Path(__file__).with_name("results")
+
+Record = dict[str, Any]
+SHARED = {"chunk32": "shared by chunks of 32 positives", "fresh": "fresh for each positive"}
+
+
+def records_of(name: str) -> list[Record]:
+    records: list[Record] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    return records
+
+
+def table(headings: str, rows: Iterable[str]) -> Iterator[str]:
+    """Yield a table; the first two columns are words, the others numbers."""
+    yield f"| {headings} |"
+    yield "|---|---|" + "---:|" * (headings.count("|") - 1)
+    yield from (f"| {row} |" for row in rows)
+
+
+def training() -> Iterator[str]:
+    """Yield a row per scorer and way of sharing: triples/s of one model and of 64, on one core and on two."""
+    records = records_of("training_step")
+    for scorer, sharing in dict.fromkeys((r["scorer"], r["sharing"]) for r in records):
+        cells = [f"`{scorer}`", SHARED[sharing]]
+        for threads in sorted({r["threads"] for r in records}):
+            case = (scorer, sharing, threads)
+            of = {r["sub_models"]: r for r in records if (r["scorer"], r["sharing"], r["threads"]) == case}
+            cells += [f"{of[1]['triples_per_s']:,.0f}", f"{of[64]['triples_per_s']:,.0f}", f"{of[64]['times_one']:.2f}"]
+        yield " | ".join(cells)
+
+
+def peers() -> Iterator[str]:
+    """Yield a row per scorer and system: triples/s and MRR after the same time."""
+    records = records_of("peers")
+    base = {r["scorer"]: r["triples_per_s"] for r in records if r["system"] == "pykeen"}
+    for r in records:
+        by_dim = r["mrr_by_dim"]
+        mrr = [f"{by_dim[dim]:.3f}" if dim in by_dim else "" for dim in ("10", "100", "640")]
+        name = "PyKEEN, one model" if r["system"] == "pykeen" else "medscale, 64 sub-models"
+        cells = [f"`{r['scorer']}`", f"{name}, negatives {SHARED[r['sharing']]}", f"{r['triples_per_s']:,.0f}"]
+        yield " | ".join([*cells, f"{r['triples_per_s'] / base[r['scorer']]:.1f}", *mrr])
+
+
+def ranking() -> Iterator[str]:
+    """Yield a row per scorer and system."""
+    for r in records_of("ranking"):
+        words = "one model, plain matrix products" if r["system"] == "gemm" else f"{r['sub_models']} sub-models"
+        yield f"`{r['scorer']}` | {words} | {r['seconds']:.1f} | {r['times_one']:.2f} | {r['peak_mib']:,.0f}"
+
+
+def softmax() -> Iterator[str]:
+    for r in records_of("softmax"):
+        if r["threads"] == 1:
+            number, total = r["sub_models_per_step"], r["sub_models"]
+            words = "one model, plain torch" if r["system"] == "gemm" else f"{number} sub-models"
+            words += f" of {total}" if total != number else ""
+            yield f"`{r['scorer']}` | {words} | {r['ms_per_step']:,.0f} | {r['times_one']:.2f}"
+
+
+def section() -> str:
+    """Return the section of the README."""
+    peer, step = records_of("peers")[0], json.loads((RESULTS / "training_step.json").read_text())["environment"]
+    sizes = "one, 1 core | 64, 1 core | times one | one, 2 cores | 64, 2 cores | times one"
+    return "\n".join([
+        f"{step['date']}, {step['cpu']}, 2 cores, no GPU; 640 units, batches of 1,024 positives with 64 negatives "
+        "each, on FB15k-237. `python tools/bench/NAME.py` measures anew what `tools/bench/results/NAME.json` holds.",
+        "",
+        "**Training** (`training_step`): triples/s of the whole step, look-up and update included, of one model of "
+        "640 units and of 64 sub-models (10, 20, ..., 640), and the time of a step of 64 over that of one.",
+        "",
+        *table(f"scorer | negatives | {sizes}", training()),
+        "",
+        f"**Beside PyKEEN** (`peers`), in the same run, on {peer['threads']} core(s), {peer['seconds'] / 60:.0f} minutes "
+        f"of training for each: triples/s, times PyKEEN's, and MRR on {peer['triples_ranked']:,} validation triples "
+        "(filtered, both sides, realistic ranks for ties, all entities) at 10, 100 and 640 units. This is early in "
+        "training: what counts is where each has got in the same time.",
+        "",
+        *table("scorer | system | triples/s | times PyKEEN | MRR @10 | @100 | @640", peers()),
+        "",
+        "**Ranking** (`ranking`): the full test split, both sides, all entities, filtered; 2 cores, random tables.",
+        "",
+        *table("scorer | ranked | seconds | times one | MiB above the tables", ranking()),
+        "",
+        "**Softmax over shared candidates** (`softmax`): 1,024 queries x 4,352 candidates, one core.",
+        "",
+        *table("scorer | trained | ms per step | times one", softmax()),
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    write_section("speed_table.py", section())
