@@ -11,7 +11,8 @@ realistic ranks for ties. `mrr` is that of 640 units, `mrr_by_dim` that of the t
 - medscale-chunk32, medscale-fresh: the real Trainer, look-up and update included, with MED as it is by default, on 64
   sub-models of 10, 20, ..., 640 units; negatives shared by chunks of 32 positives, or fresh for each.
 - pykeen: its SLCWATrainingLoop with the basic negative sampler (fresh negatives), NSSALoss (margin 9, adversarial
-  temperature 1) and Adagrad; TransE by l1.
+  temperature 1) and Adagrad; TransE by l1. As its users run it, and (pykeen-kept) with what medscale asks of the
+  C library: to keep large blocks of memory for the next step, which spares PyKEEN most of its time.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from pykeen.training import SLCWATrainingLoop
 from pykeen.training.callbacks import TrainingCallback
 from pykeen.triples import CoreTriplesFactory
 from records import Record, options, parse, publish
-from workload import add_data_option, dims_of, job_of, model_of, prepared_graph
+from workload import SHARING, add_data_option, dims_of, job_of, model_of, prepared_graph
 
 from medscale.config import RuntimeSection
 from medscale.distributed import choose_threads, process_group
@@ -45,7 +46,7 @@ from medscale.ranking import rank_all, sample_triples
 from medscale.trainer import Trainer
 
 SCORERS = ("transe", "rotate")
-SYSTEMS = ("medscale-chunk32", "medscale-fresh", "pykeen")
+SYSTEMS = ("medscale-chunk32", "medscale-fresh", "pykeen", "pykeen-kept")
 UNITS, SUB_MODELS, BATCH, NEGATIVES = 640, 64, 1024, 64
 TIERS = (10, 100, 640)
 TURN_SECONDS = 20.0
@@ -154,7 +155,10 @@ def compete(
     connection: Connection,
 ) -> None:  # fmt: skip
     """Train one system in its turns, and send its record."""
-    choose_threads(RuntimeSection(threads=threads))
+    if system == "pykeen":
+        torch.set_num_threads(threads)
+    else:
+        choose_threads(RuntimeSection(threads=threads))
     graph, turns = open_graph(graph_directory, verify=False), Turns(connection, minutes)
     with process_group(torch.device("cpu")):
         name, _, sharing = system.partition("-")
@@ -169,7 +173,8 @@ def compete(
         mrr = dict(zip(layout.dims, (1 / ranks.of("both")).mean(1).round(4).tolist(), strict=True))
     connection.send(
         {
-            "scorer": scorer, "system": name, "sharing": sharing or "fresh", "sub_models": len(layout.dims),
+            "scorer": scorer, "system": name, "sharing": sharing if sharing in SHARING else "fresh",
+            "freed_memory": "returned" if system == "pykeen" else "kept", "sub_models": len(layout.dims),
             "units": UNITS, "threads": threads, "batch": BATCH, "negatives": NEGATIVES, "learning_rate": rate,
             "seconds": round(turns.seconds, 1), "steps": turns.steps,
             "triples_per_s": round(turns.triples / turns.seconds, 1), "peak_mib": round(peak, 1), "mrr": mrr[UNITS],
@@ -188,7 +193,15 @@ def records_of(
     with cores_for(threads):
         for system in systems:
             here, there = context.Pipe()
-            chosen = (scorer, system, rate or RATES[scorer, system], minutes, triples, threads, graph_directory)
+            chosen = (
+                scorer,
+                system,
+                rate or RATES[scorer, system.removesuffix("-kept")],
+                minutes,
+                triples,
+                threads,
+                graph_directory,
+            )
             context.Process(target=compete, args=(*chosen, there), daemon=True).start()
             there.close()
             connections.append(here)

@@ -25,7 +25,7 @@ from medscale.errors import UnsupportedError
 from medscale.logs import log
 from medscale.model.kernels.levels import Levels
 
-__all__ = ["LANES", "arguments", "function", "geometry_number", "run_parts"]
+__all__ = ["LANES", "arguments", "function", "geometry_number", "library", "run_parts"]
 
 #: candidates in a tile
 LANES = 32
@@ -106,8 +106,12 @@ def arguments(*values: Tensor | float | None) -> Any:
     Fields stand in the order of the struct's. The tensors must outlive the calls that get it.
     """
     fields = [_field(value) for value in values]
-    kind = type("Arguments", (ctypes.Structure,), {"_fields_": [(f"_{i}", type(f)) for i, f in enumerate(fields)]})
-    return ctypes.byref(kind(*fields))
+    return ctypes.byref(_struct(tuple(type(field) for field in fields))(*fields))
+
+
+@functools.cache
+def _struct(kinds: tuple[type, ...]) -> type[ctypes.Structure]:
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [(f"_{i}", kind) for i, kind in enumerate(kinds)]})
 
 
 def _field(value: Tensor | float | None) -> Any:
