@@ -346,12 +346,12 @@ def layout_from_facts(facts: Mapping[str, Any]) -> Layout:
 
 
 #: keys that may change between runs of one run directory: none of them touches what a step computes, but for
-#: rounding (another device, or number of threads, adds in another order)
+#: rounding (another device, other kernels, or another number of threads, add in another order)
 MUTABLE_KEYS = frozenset({
     "train.epochs", "train.patience", "train.log_every", "train.validate_every", "train.valid_triples",
     "train.watch_dim", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "evaluate.split",
     "evaluate.max_triples", "evaluate.memory_mib", "runtime.device", "runtime.threads", "runtime.memory_gib",
-    "graph.memory_mib",
+    "runtime.kernels", "graph.memory_mib",
 })  # fmt: skip
 
 

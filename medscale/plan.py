@@ -135,7 +135,9 @@ def _batch_bytes(job: Job, layout: Layout) -> int:
     own = 3 * train.batch_size
     candidates = layout.num_entities if negatives.kind == "all" else min(layout.num_entities, own + negatives.number)
     scored = min(len(layout.dims), job.med.sub_models_per_step or len(layout.dims))
-    per_score = 1 if fused else 5 if job.med.mutual != "off" else 3
+    per_score = 5 if job.med.mutual != "off" or layout.scorer.is_distance else 3
+    if fused and not layout.scorer.is_distance:
+        per_score = 1
     return FLOAT * (per_score * scored * train.batch_size * candidates + 6 * candidates * columns)
 
 
@@ -144,7 +146,7 @@ def _ranking_bytes(job: Job, size: GraphSize, layout: Layout) -> int:
     num_ranked = max(size.num_test, size.num_valid)
     working = 2 * job.evaluate.memory_mib * MIB
     if job.runtime.kernels == "auto":
-        working = min(job.evaluate.memory_mib * MIB, 2 * FLOAT * layout.num_entities * layout.num_columns)
+        working = min(job.evaluate.memory_mib * MIB, 3 * FLOAT * layout.num_entities * layout.num_columns)
     return working + 4 * INT * num_ranked * len(job.model.dims)
 
 

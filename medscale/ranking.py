@@ -116,7 +116,11 @@ def _rank_side(
     scale_QC = layout.scorer.scale(relation_QR, asked) if layout.scorer.scale else None
     target_QC = rows.gather(torch.from_numpy(target_ids).to(device))
     _require_finite(query_QC, "queries")
+    if scale_QC is not None:
+        _require_finite(scale_QC, "relations' factors")
     _require_finite(target_QC, "rows of true answers")
+    # finite columns may still add up to more than a number can hold
+    _require_finite(scan.pair_scores(query_QC, target_QC, scale_QC), "scores of true answers")
     excluded_query, excluded_entity = _excluded(offsets, answers, target_ids)
 
     halves_nQ = torch.zeros((len(scan.dims), len(triples_Q3)), dtype=torch.int64, device=device)
@@ -198,8 +202,8 @@ def _entities_per_chunk(scan: PrefixScan, num_queries: int, memory_mib: int, ker
     """Return how many entities keep the chunk's tensors within the memory."""
     num_groups, num_sub_models = scan.group_weights_Gn.shape
     if kernels == "auto":
-        # the kernels hold nothing but the entities' columns, twice: as they are, and as tiles
-        return max(1, memory_mib * 2**20 // (2 * scan.group_weights_Gn.element_size() * scan.num_columns))
+        # the kernels hold nothing but the entities' columns, as they are and as tiles; what checks them, a third time
+        return max(1, memory_mib * 2**20 // (3 * scan.group_weights_Gn.element_size() * scan.num_columns))
     per_pair = num_sub_models + (2 * scan.num_columns + num_groups if scan.scorer.is_distance else 2)
     per_entity = per_pair * num_queries + 2 * scan.num_columns
     # Elementwise distances are fastest while a chunk stays in the caches.

@@ -178,6 +178,16 @@ def test_infinities_and_nan_show_in_the_loss(scorer: str, value: float) -> None:
     assert not finite
 
 
+def test_batch_weights_survive_a_positive_without_negatives() -> None:
+    """Its missing weights must not stand in for the largest: all others may be far smaller."""
+    scan = scan_for("transe", (3, 8), 1.0, torch.float32)
+    query, rows, candidates = numbers_for(scan, (2, 2, 5, 6), torch.float32)
+    keep = torch.ones(2, 2, 5, dtype=torch.bool)
+    keep[0, 1] = False
+    constants = constants_for(2, torch.float32, over_batch=True, raw=True)
+    compare_corruption(scan, constants, query * 100, rows * 100, candidates, keep)
+
+
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_any_number_of_threads_gives_the_same_bits(scorer: str) -> None:
     scan = scan_for(scorer, (10, 20, 30), 1.0, torch.float32)

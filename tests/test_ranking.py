@@ -239,3 +239,16 @@ def test_a_model_that_is_not_finite_is_not_ranked() -> None:
     for triple in ([7, 0, 1], [1, 0, 2]):
         with pytest.raises(NonFiniteError, match="cannot be ranked"):
             rank_all(np.array([triple]), rows, relations, layout, known)
+
+
+@pytest.mark.parametrize("scorer", ["pairre", "transe", "complex"])
+def test_scores_beyond_all_numbers_are_not_ranked(scorer: str) -> None:
+    """A broken factor, or finite columns whose sum is none, would rank first."""
+    layout = layout_of(toy_job(scorer).model, NUM_ENTITIES, NUM_RELATIONS)
+    rows, relations = tables_for(layout)
+    relations = relations.clone()
+    relations[0, 1] = torch.nan if scorer == "pairre" else 1e308
+    rows.blocks[0][:, 1] = 1e308
+    known = KnownTriples([np.zeros((0, 3), dtype=np.int64)], num_entities=NUM_ENTITIES, num_relations=NUM_RELATIONS)
+    with pytest.raises(NonFiniteError, match="cannot be ranked"):
+        rank_all(np.array([[1, 0, 2]]), rows, relations, layout, known)

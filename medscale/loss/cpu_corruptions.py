@@ -27,12 +27,16 @@ def corruption_terms(
 ) -> CorruptionTerms:  # fmt: skip
     """Return the losses of all candidates as negatives, and the gradients of their weighted sum.
 
-    The candidates' own gradients are added to `row_gradients_UC`. `negatives.corruption_terms` is the plain twin.
+    The candidates' own gradients are added to `row_gradients_UC`. Plain twin: `PrefixScan.scores`, then
+    `negatives.negative_losses`, then autograd.
     """
     num_chunks, num_queries, _ = query_XPC.shape
     num_candidates, num_sub_models, num_columns = candidates_XK.shape[1], levels.num_scored, levels.num_columns
     assert levels.outputs == tuple(range(num_sub_models)), "every level is a sub-model's here"
     dtype = query_XPC.dtype
+    assert rows_UC.dtype == row_gradients_UC.dtype == dtype, (rows_UC.dtype, row_gradients_UC.dtype, dtype)
+    assert (candidates_XK.dtype, keep_XPK.dtype) == (torch.int64, torch.bool), (candidates_XK.dtype, keep_XPK.dtype)
+    assert scale_XPC is None or scale_XPC.shape == query_XPC.shape, scale_XPC.shape
     tiles = -(-num_candidates // LANES)
     together = max(1, min(num_chunks, _WAITING // max(1, tiles * LANES * num_columns)))
     # Per query: sums over its candidates of loss, of weight x evidence, of loss x evidence, and of mutual loss. They
@@ -50,7 +54,7 @@ def corruption_terms(
         float(w2), torch.tensor(levels.ends), torch.tensor(levels.kappas, dtype=dtype),
         constants.logits.temperatures.to(dtype), constants.logits.margins.to(dtype),
         torch.tensor(constants.evidence), torch.tensor(constants.taught).long(), hard_weights_n,
-        mutual_weights_n.detach().to(dtype), query_XPC.detach().contiguous(), rows_UC.detach(), candidates_XK,
+        mutual_weights_n.detach().to(dtype), query_XPC.detach().contiguous(), rows_UC.detach(), candidates_XK.contiguous(),
         keep_XPK.contiguous(), None if scale_XPC is None else scale_XPC.detach().contiguous(), largest_n, total_n,
         sums_4XPn, query_gradient_XPC, scale_gradient_XPC, query_XPC.new_empty((together, tiles, num_columns, LANES)),
         row_gradients_UC,
@@ -61,8 +65,11 @@ def corruption_terms(
     if constants.over_batch and starts:
         for start in starts:
             run_parts(corrupt, min(together, num_chunks - start), struct, start, True)
-        largest_n.copy_(sums_4XPn[0].amax((0, 1)))
-        total_n.copy_((sums_4XPn[1] * (sums_4XPn[0] - largest_n).exp()).sum((0, 1)))
+        tops_XPn, parts_XPn = sums_4XPn[0].clone(), sums_4XPn[1].clone()
+        tops_XPn[parts_XPn == 0] = -torch.inf  # queries that keep no candidate
+        largest_n.copy_(tops_XPn.amax((0, 1)).nan_to_num(neginf=0.0))
+        total_n.copy_((parts_XPn * (tops_XPn - largest_n).exp()).sum((0, 1)))
+        sums_4XPn.zero_()
     for start in starts:
         count = min(together, num_chunks - start)
         run_parts(corrupt, count, struct, start, False)

@@ -102,6 +102,7 @@ def _levels(scan: PrefixScan) -> list[tuple[int, int]]:
 def _forward(
     ctx: Any, softmax: Softmax, scores_mQM: Tensor, bias_M: Tensor | None, targets: Targets
 ) -> tuple[Tensor, Tensor]:
+    assert len(softmax.taught) <= 64, "as many as the kernel has room for"
     partition_mQ, divergence_mQ = torch.empty_like(scores_mQM[..., 0]), torch.empty_like(scores_mQM[..., 0])
     ctx.softmax, ctx.targets = softmax, targets
     ctx.bias_M = bias_M = None if bias_M is None else bias_M.to(scores_mQM.dtype)
@@ -125,7 +126,9 @@ def _backward(ctx: Any, carry: tuple[float, ...], log_gradient_mT: Tensor, mutua
         after = carry[m + 1] if m + 1 < len(carry) else 0.0
         carried_T = log_gradient_mT[m] + after * carried_T
         ctx.scores_mQM[m].index_put_((targets.query_T, targets.candidate_T), carried_T, accumulate=True)
-    return cast(Tensor, ctx.scores_mQM)
+    derivatives_mQM: Tensor = ctx.scores_mQM
+    ctx.scores_mQM = None  # they are no scores any more: a second backward() must not take them for some
+    return derivatives_mQM
 
 
 def _run(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from medscale.loss.negatives import CorruptionTerms, NegativeConstants
 from medscale.model.kernels.levels import Levels
+from medscale.model.kernels.library import library
 from medscale.model.rows import Rows
 
 __all__ = ["Kernels"]
@@ -18,6 +19,8 @@ class Kernels:
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
+        if not on_gpu:
+            library()  # without a compiler a job ends now, not at its first step
         self.pairs: Any = importlib.import_module(
             "medscale.model.kernels." + ("triton_scores" if on_gpu else "cpu_pairs")
         )

@@ -1,7 +1,7 @@
 """The negatives' part of a step's binary loss, for all sub-models: what it takes, and its plain form.
 
 Loss and gradient come together, because one pass over the scores gives both: the gradient's factors (dynamic loss
-weight, weight of mutual learning) are known before the scores are. `cpu_negatives` and `triton_negatives` are
+weight, weight of mutual learning) are known before the scores are. `cpu_corruptions` and `triton_negatives` are
 the fast twins.
 """
 

@@ -1,7 +1,7 @@
 """The rows of a step, and where their gradient gathers.
 
 Autograd would make a gradient of all rows for every use of a few of them, and add those up; here each use adds its
-rows' gradients to one, in order, so that runs repeat bit for bit.
+rows' gradients to one, on a CPU in order, so that runs repeat bit for bit.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,8 @@ class Rows:
 
     def __init__(self, values_UC: Tensor, add_rows: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         """Take rows, and what adds values [R, C] at positions [R] to rows [U, C]."""
-        self.values_UC = values_UC.detach().requires_grad_()
+        # Looked-up rows may end in columns that only their blocks have.
+        self.values_UC = values_UC.detach().contiguous().requires_grad_()
         self.gathered_UC = torch.zeros_like(values_UC)
         self.add_rows = add_rows
 

@@ -52,8 +52,8 @@ TIERS = (10, 100, 640)
 TURN_SECONDS = 20.0
 #: learning rates
 RATES = {
-    ("transe", "medscale-chunk32"): 0.1, ("transe", "medscale-fresh"): 0.1, ("transe", "pykeen"): 0.1,
-    ("rotate", "medscale-chunk32"): 0.1, ("rotate", "medscale-fresh"): 0.1, ("rotate", "pykeen"): 0.1,
+    ("transe", "medscale-chunk32"): 0.01, ("transe", "medscale-fresh"): 0.01, ("transe", "pykeen"): 0.03,
+    ("rotate", "medscale-chunk32"): 0.01, ("rotate", "medscale-fresh"): 0.01, ("rotate", "pykeen"): 0.03,
 }  # fmt: skip
 
 #: entities' rows, relations' rows, and how they lie

@@ -90,7 +90,7 @@ def step_of(scorer_name: str, sub_models: int, sharing: str, device: torch.devic
         candidates_XK=torch.randint(num_rows, (chunks, NEGATIVES)),
         keep_XPK=torch.ones(chunks, per_chunk, NEGATIVES, dtype=torch.bool),
         scale_XPC=torch.randn(chunks, per_chunk, scan.num_columns, requires_grad=True) if scorer.scale else None,
-        w2=torch.tensor(1.0, requires_grad=True),
+        w2=torch.tensor(1.0),
         hard_weights_n=dynamic_weights(torch.tensor(dims).float(), torch.tensor(1.0)),
         mutual_weights_n=torch.full((sub_models,), 1 / (POSITIVES * (1 + NEGATIVES))),
     )  # fmt: skip

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ def geometry_number(levels: Levels, *, scaled: bool) -> int:
     return 4 if scaled else ("l1", "l2", "modulus", "product").index(levels.geometry)
 
 
+_REMEDY = (
+    "install g++ (or name a compiler in CXX, and a folder for programs that can be written to in XDG_CACHE_HOME), or set "
+    "runtime.kernels to torch, which is slower"
+)
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Return the loaded kernels, compiling them first where that has not been done on this kind of machine.
@@ -55,21 +61,21 @@ def library() -> ctypes.CDLL:
     sources = sorted(_SOURCES.iterdir())
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "g++"
     # Machine code for one processor may be illegal on another that shares the home directory.
-    facts = [compiler, *_FLAGS, _processor(), *(source.read_text(encoding="utf-8") for source in sources)]
+    libc = " ".join(platform.libc_ver())
+    facts = [compiler, *_FLAGS, _processor(), libc, *(source.read_text(encoding="utf-8") for source in sources)]
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medscale"
     path = cache / f"kernels-{name}.so"
     if not path.exists():
         _compile(compiler, [str(source) for source in sources if source.suffix == ".cpp"], path)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UnsupportedError(f"the CPU kernels cannot be loaded: {error}; {_REMEDY}") from error
 
 
 def _compile(compiler: str, sources: list[str], path: Path) -> None:
     log("compiling the CPU kernels for this processor (some seconds, once)")
-    remedy = (
-        "install g++ (or name a compiler in CXX, and a folder that can be written to in XDG_CACHE_HOME), or set "
-        "runtime.kernels to torch, which is slower"
-    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Under another name first: several processes may compile at once, and none may load half a file.
@@ -77,10 +83,12 @@ def _compile(compiler: str, sources: list[str], path: Path) -> None:
             built = Path(scratch) / path.name
             done = subprocess.run([compiler, *_FLAGS, "-o", str(built), *sources], capture_output=True, text=True)
             if done.returncode:
-                raise UnsupportedError(f"{compiler} could not compile the CPU kernels; {remedy}\n{done.stderr[-2000:]}")
+                raise UnsupportedError(
+                    f"{compiler} could not compile the CPU kernels; {_REMEDY}\n{done.stderr[-2000:]}"
+                )
             built.replace(path)
     except OSError as error:
-        raise UnsupportedError(f"the CPU kernels need a C++ compiler and {path.parent}: {error}; {remedy}") from error
+        raise UnsupportedError(f"the CPU kernels need a C++ compiler and {path.parent}: {error}; {_REMEDY}") from error
 
 
 def _processor() -> str:
@@ -140,7 +148,11 @@ def run_parts(function: Callable[..., Any], count: int, *arguments: Any, multipl
         _threads(parts - 1).submit(function, *fixed, ctypes.c_int64(first), ctypes.c_int64(last))
         for first, last in itertools.pairwise(bounds[1:])
     ]
-    function(*fixed, ctypes.c_int64(bounds[0]), ctypes.c_int64(bounds[1]))
+    try:
+        function(*fixed, ctypes.c_int64(bounds[0]), ctypes.c_int64(bounds[1]))
+    finally:
+        # An interrupt must not free what the others still write to.
+        wait(running)
     for part in running:
         part.result()
 

@@ -16,7 +16,7 @@ constexpr i64 COLUMNS = 32;
 
 }  // namespace
 
-// The arguments of a step's corruption; `Corruptions` in corruptions.py mirrors it.
+// The arguments of a step's corruption, in the order in which cpu_corruptions.py lists them.
 template <class T> struct Corruptions {
     i64 geometry, num_sub_models, num_chunks, num_queries, num_candidates, stride, row_stride;
     i64 raw, over_batch, both, weights_learn;
@@ -32,7 +32,7 @@ template <class T> struct Corruptions {
     const T* scale_XPC;
     // of the weights' exponentials over the whole batch
     const T *largest_n, *total_n;
-    // results: per query, sums over its candidates (see `corruptions.py`); gradients
+    // results: per query, sums over its candidates (see cpu_corruptions.py); gradients
     T* sums_4XPn;
     T *query_gradient_XPC, *scale_gradient_XPC;
     T* tiles_XTCN;

@@ -113,7 +113,7 @@ template <class T> INLINE T largest(V<T> v) {
 
 // e^x: float within 2e-7 relative and at least 1e-38 (Cephes' polynomial); double as the C library has it
 INLINE V<float> exponential(V<float> x) {
-    x = smaller<float>(larger<float>(x, all(-87.3f)), all(88.0f));
+    x = smaller<float>(all(88.0f), larger<float>(all(-87.3f), x));  // in this order what is not a number stays so
     Bits<float> n = __builtin_convertvector(x * 1.44269504f + 127.5f, Bits<float>);  // above 0, so cutting rounds down
     V<float> whole = __builtin_convertvector(n - 127, V<float>);
     V<float> r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
