@@ -45,8 +45,8 @@ def geometry_number(levels: Levels, *, scaled: bool) -> int:
 
 
 _REMEDY = (
-    "install g++ (or name a compiler in CXX, and a folder for programs that can be written to in XDG_CACHE_HOME), or set "
-    "runtime.kernels to torch, which is slower"
+    "install g++ (or name a compiler in CXX, and a folder for programs that can be written to in XDG_CACHE_HOME), or "
+    "set runtime.kernels to torch, which is slower"
 )
 
 
