@@ -9,12 +9,13 @@ at the tiers 10, 100 and 640, or the largest alone. Negatives are shared by chun
 
 Both sizes are trained side by side, a few steps each in turn, in one process for each scorer, sharing and number of
 threads, pinned to as many cores. Each turn begins with a step that is not measured, since its batch was prepared
-while the other size was trained. `triples_per_s` is over all steps measured; `shares` are each part's share of the
-time, from clocks around the trainer's own calls: `kernel` is the fused kernel of the negatives, `loss` the rest
-of the loss and its backward pass. `times_one` is a step's time over that of the model with one sub-model.
+while the other size was trained. `triples_per_s` is over all steps measured, `ms_per_step` their median, and
+`times_one` that over the median with one sub-model. `shares` are each part's share of the time, from clocks around the
+trainer's own calls: `kernel` is the fused kernel of the negatives, `loss` the rest of the loss and its backward pass.
 """
 
 import functools
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -94,28 +95,28 @@ class Loop:
         self.batches = trainer._prefetched()
         self.wait = clock.timed("batch", lambda: next(self.batches))
         self.parts = Counter(dict.fromkeys(PARTS, 0.0))
-        self.seconds, self.triples, self.steps = 0.0, 0, 0
+        self.times: list[float] = []
+        self.triples = 0
 
     def run(self, steps: int) -> None:
         """Train one step, and then some on the clock."""
         self.clock.seconds = Counter()
         self.trainer.train_step(self.wait())
         self.clock.seconds = self.parts
-        start = time.perf_counter()
         for _ in range(steps):
+            start = time.perf_counter()
             batch = self.wait()
             self.trainer.train_step(batch)
+            self.times.append(time.perf_counter() - start)
             self.triples += batch.num_triples
-        self.seconds += time.perf_counter() - start
-        self.steps += steps
 
     def record(self) -> Record:
-        layout = self.trainer.layout
+        layout, seconds = self.trainer.layout, sum(self.times)
         return {
             "sub_models": len(layout.dims), "units": layout.dims[-1],
-            "triples_per_s": round(self.triples / self.seconds, 1),
-            "ms_per_step": round(1000 * self.seconds / self.steps, 3),
-            "shares": {part: round(seconds / self.seconds, 3) for part, seconds in self.parts.items()},
+            "triples_per_s": round(self.triples / seconds, 1),
+            "ms_per_step": round(1000 * statistics.median(self.times), 3),
+            "shares": {part: round(own / seconds, 3) for part, own in self.parts.items()},
         }  # fmt: skip
 
 
