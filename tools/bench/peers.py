@@ -53,7 +53,7 @@ TURN_SECONDS = 20.0
 #: learning rates
 RATES = {
     ("transe", "medscale-chunk32"): 0.01, ("transe", "medscale-fresh"): 0.01, ("transe", "pykeen"): 0.03,
-    ("rotate", "medscale-chunk32"): 0.01, ("rotate", "medscale-fresh"): 0.01, ("rotate", "pykeen"): 0.03,
+    ("rotate", "medscale-chunk32"): 0.01, ("rotate", "medscale-fresh"): 0.01, ("rotate", "pykeen"): 0.1,
 }  # fmt: skip
 
 #: entities' rows, relations' rows, and how they lie

@@ -83,9 +83,10 @@ def section() -> str:
         "",
         *table(f"scorer | negatives | {sizes}", training()),
         "",
-        f"**Beside PyKEEN** (`peers`), in the same run, {peer['threads']} core(s), {peer['seconds'] / 60:.0f} minutes "
+        f"**Beside PyKEEN** (`peers`), in the same run, {peer['threads']} core(s), {peer['seconds']:.0f} seconds "
         f"of training for each: triples/s, times PyKEEN's, and MRR on {peer['triples_ranked']:,} validation triples "
-        "(filtered, both sides, realistic ranks for ties, all entities) at 10, 100 and 640 units. This is early in "
+        "(filtered, both sides, realistic ranks for ties, all entities) at 10, 100 and 640 units; learning rate "
+        f"{peer['learning_rate']} for all (`--learning-rate {peer['learning_rate']}`). This is early in "
         "training: what counts is where each has got in the same time.",
         "",
         *table("scorer | system | triples/s | times PyKEEN | MRR @10 | @100 | @640", peers()),
