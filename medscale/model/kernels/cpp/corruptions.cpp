@@ -13,6 +13,8 @@ namespace {
 // queries scored together, and columns differentiated together: what they share stays in the L1 cache
 constexpr int QUERIES = 4, TOGETHER = 2;
 constexpr i64 COLUMNS = 32;
+// numbers in a pair of vectors
+template <class T> constexpr i64 PAIR = 2 * WIDTH<T>;
 
 }  // namespace
 
@@ -44,12 +46,16 @@ namespace {
 // Buffers of one thread.
 template <class T> struct Workspace {
     i64 tiles, padded;
-    std::vector<T> candidates_TCN, scores_PnK, factors_PnK, weights_K, slopes_K, keep_K, present_K;
+    // scores of a few queries, which become what each level's own sum is worth
+    std::vector<T> candidates_TCN, scores_PnK;
+    // of one query: each sub-model's unnormalised weights and exp(-|z|), and how to normalise the weights
+    std::vector<T> weights_nK, decays_nK, tops_n, totals_n, slopes_K, present_K, kept_K, zeros_K;
 
     explicit Workspace(const Corruptions<T>& a)
         : tiles((a.num_candidates + LANES - 1) / LANES), padded(tiles * LANES),
           candidates_TCN(tiles * a.ends_n[a.num_sub_models - 1] * LANES), scores_PnK(QUERIES * a.num_sub_models * padded),
-          factors_PnK(QUERIES * a.num_sub_models * padded), weights_K(padded), slopes_K(padded), keep_K(padded), present_K(padded) {
+          weights_nK(a.num_sub_models * padded), decays_nK(a.num_sub_models * padded), tops_n(a.num_sub_models),
+          totals_n(a.num_sub_models), slopes_K(padded), present_K(padded), kept_K(padded), zeros_K(padded) {
         std::fill(present_K.begin(), present_K.begin() + a.num_candidates, T(1));
     }
 };
@@ -75,79 +81,79 @@ void score(const Corruptions<T>& a, const T* query_PC, const T* scale_PC, const 
     }
 }
 
-// Fill in exp(w2 evidence - top) of kept candidates, 0 of others; return (top, their sum). The evidence is the
-// logit, or raw score, of sub-model j; none if that is below 0.
-template <class T>
-INLINE std::pair<T, T> weigh(const Corruptions<T>& a, i64 j, const T* scores_nK, Workspace<T>& w) {
-    T* weights = w.weights_K.data();
-    const T* keep = w.keep_K.data();
-    V<T> totals = {};
-    if (j < 0) {
-        for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
-            V<T> kept = load(keep + k);
-            store(weights + k, kept);
-            totals += kept;
-        }
-        return {0, sum(totals)};
-    }
+// Fill in, for every sub-model, weights exp(w2 evidence - top) of kept candidates, 0 of others, with (top, their sum), and
+// with LOSSES also exp(-|z|). The evidence is the logit, or raw score, of sub-model j; none if that is below 0.
+//
+// Sweeps over all sub-models, each with a short chain of operations that wait for each other: many then overlap.
+template <bool LOSSES, class T> void take_exponentials(const Corruptions<T>& a, const T* scores_nK, Workspace<T>& w) {
     const T lowest = -std::numeric_limits<T>::infinity();
-    const T slope = T(a.w2) * (a.raw ? T(1) : a.temperatures_n[j]), gamma = a.raw ? T(0) : a.margins_n[j];
-    const T* scores = scores_nK + j * w.padded;
-    V<T> tops = all(lowest);
-    for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
-        V<T> exponent = slope * (gamma + load(scores + k));
-        exponent = load(keep + k) > 0 ? exponent : all(lowest);
-        // kept, not taken again: another rounding of huge logits could come out far above the top
-        store(weights + k, exponent);
-        tops = larger<T>(exponent, tops);
+    for (i64 i = 0; i < a.num_sub_models; i++) {
+        const i64 j = a.evidence_n[i];
+        const T slope = T(a.w2) * (a.raw || j < 0 ? T(1) : a.temperatures_n[j]), gamma = a.raw || j < 0 ? T(0) : a.margins_n[j];
+        const T* scores = j < 0 ? w.zeros_K.data() : scores_nK + j * w.padded;
+        const T* kept = a.hard_weights_n[i] == 0 ? w.zeros_K.data() : w.kept_K.data();
+        T* weights = w.weights_nK.data() + i * w.padded;
+        Pair<T> tops = {all(lowest), all(lowest)};
+        for (i64 k = 0; k < w.padded; k += PAIR<T>) {
+            Pair<T> exponent = where_above(load_pair(kept + k), T(0), slope * (gamma + load_pair(scores + k)), lowest);
+            // kept, not taken again: another rounding of huge logits could come out far above the top
+            store(weights + k, exponent);
+            tops = larger(exponent, tops);
+        }
+        T top = largest(tops);
+        w.tops_n[i] = top > lowest ? top : 0;
     }
-    T top = largest<T>(tops);
-    top = top > lowest ? top : 0;
-    for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
-        V<T> exponent = load(weights + k), weight = exponent > lowest ? exponential(exponent - top) : V<T>{};
-        store(weights + k, weight);
-        totals += weight;
+    for (i64 i = 0; i < a.num_sub_models; i++) {
+        const T top = w.tops_n[i], own_a = a.temperatures_n[i], gamma = a.margins_n[i];
+        const T* scores = scores_nK + i * w.padded;
+        T *weights = w.weights_nK.data() + i * w.padded, *decays = w.decays_nK.data() + i * w.padded;
+        V<T> totals = {};
+        for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
+            V<T> exponent = load(weights + k);
+            Pair<T> both = exponential(Pair<T>{exponent - top, -absolute<T>(own_a * (gamma + load(scores + k)))});
+            V<T> weight = exponent > lowest ? both.a : V<T>{};
+            store(weights + k, weight);
+            if (LOSSES) store(decays + k, both.b);
+            totals += weight;
+        }
+        w.totals_n[i] = sum(totals);
     }
-    return {top, sum(totals)};
 }
 
 // Sum weight x evidence, and loss x evidence: what the derivative by w2 is made of. Even weights have none.
 template <class T>
-void slope_sums(const Corruptions<T>& a, i64 j, i64 i, i64 query, T scale, const T* scores_nK, Workspace<T>& w) {
-    const i64 n = a.num_sub_models, per_sum = a.num_chunks * a.num_queries * n;
+void slope_sums(const Corruptions<T>& a, i64 i, i64 query, T scale, const T* scores_nK, i64 padded, const T* weights, const T* decays) {
+    const i64 j = a.evidence_n[i], n = a.num_sub_models, per_sum = a.num_chunks * a.num_queries * n;
     const T evidence_a = a.raw || j < 0 ? T(1) : a.temperatures_n[j], evidence_gamma = a.raw || j < 0 ? T(0) : a.margins_n[j];
-    V<T> mean = {}, product = {};
-    for (i64 k = 0; j >= 0 && k < w.padded; k += WIDTH<T>) {
-        V<T> weight = load(w.weights_K.data() + k), z = a.temperatures_n[i] * (a.margins_n[i] + load(scores_nK + i * w.padded + k));
-        V<T> evidence = weight * (evidence_a * (evidence_gamma + load(scores_nK + j * w.padded + k)));
-        evidence = weight > 0 ? evidence : V<T>{};
+    Pair<T> mean = {}, product = {};
+    for (i64 k = 0; j >= 0 && k < padded; k += PAIR<T>) {
+        Pair<T> weight = load_pair(weights + k), z = a.temperatures_n[i] * (a.margins_n[i] + load_pair(scores_nK + i * padded + k));
+        Pair<T> evidence = weight * (evidence_a * (evidence_gamma + load_pair(scores_nK + j * padded + k)));
+        evidence = where_above(weight, T(0), evidence, T(0));
         mean += evidence;
-        product += evidence * (larger<T>(z, V<T>{}) + log_1_plus(exponential(-absolute<T>(z))));
+        product += evidence * (larger(T(0), z) + log_1_plus(load_pair(decays + k)));
     }
     a.sums_4XPn[per_sum + query * n + i] = scale * sum(mean);
     a.sums_4XPn[2 * per_sum + query * n + i] = scale * sum(product);
 }
 
-// Take one query's losses, and fill in what each level's own sum is worth to them, last level first.
+// Take one query's losses, and turn its scores into what each level's own sum is worth to them, last level first.
 // z = a (gamma + s). Weight x softplus(z) is equation 5, Huber between neighbours' z equation 2.
 template <int G, bool WEIGHTS_LEARN, class T>
-void differentiate_losses(const Corruptions<T>& a, i64 query, const T* scores_nK, T* __restrict factors_nK, Workspace<T>& w) {
-    const i64 n = a.num_sub_models, per_sum = a.num_chunks * a.num_queries * n;
+void differentiate_losses(const Corruptions<T>& a, i64 query, T* __restrict scores_nK, Workspace<T>& w) {
+    const i64 n = a.num_sub_models, padded = w.padded, per_sum = a.num_chunks * a.num_queries * n;
     const T share = T(1) / T(a.num_chunks * a.num_queries), sign = G == PRODUCT || G == L2 ? 1 : -1;
-    const T* weights = w.weights_K.data();
     const T* present = w.present_K.data();
-    T* slopes = w.slopes_K.data();
+    T* __restrict slopes = w.slopes_K.data();
+    take_exponentials<true>(a, scores_nK, w);
     std::fill(w.slopes_K.begin(), w.slopes_K.end(), T(0));
     for (i64 i = n - 1; i >= 0; i--) {
-        i64 j = a.evidence_n[i];
+        const T *weights = w.weights_nK.data() + i * padded, *decays = w.decays_nK.data() + i * padded;
+        const T total = w.totals_n[i];
         T scale = 0;
-        if (a.hard_weights_n[i] != 0) {
-            auto [top, total] = weigh(a, j, scores_nK, w);
-            if (total > 0) scale = a.over_batch ? std::exp(top - a.largest_n[i]) / a.total_n[i] : share / total;
-        } else {
-            std::fill(w.weights_K.begin(), w.weights_K.end(), T(0));
-        }
-        if (WEIGHTS_LEARN) slope_sums(a, j, i, query, scale, scores_nK, w);
+        if (total > 0)
+            scale = a.over_batch ? std::exp(w.tops_n[i] - a.largest_n[i]) / a.total_n[i] : share / total;
+        if (WEIGHTS_LEARN) slope_sums(a, i, query, scale, scores_nK, padded, weights, decays);
         // Neighbours that are missing, or not taught, pull with no weight: one loop serves all sub-models.
         const i64 below = std::max<i64>(i - 1, 0), above = std::min(i + 1, n - 1);
         const T own_a = a.temperatures_n[i], gamma = a.margins_n[i];
@@ -156,25 +162,25 @@ void differentiate_losses(const Corruptions<T>& a, i64 query, const T* scores_nK
         const T pull_below = i > 0 && a.taught_n[i] && a.both ? sign * a.mutual_weights_n[i] * own_a : T(0);
         const T pull_above = above > i && a.taught_n[above] ? sign * a.mutual_weights_n[above] * own_a : T(0);
         const T kappa = above > i ? a.kappas_n[above] : T(0);
-        const T *scores = scores_nK + i * w.padded, *scores_below = scores_nK + below * w.padded;
-        const T* factors_above = factors_nK + above * w.padded;
-        T* factors = factors_nK + i * w.padded;
-        V<T> hard = {}, mutual = {};
-        for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
-            V<T> s = load(scores + k), weight = load(weights + k);
-            V<T> z = own_a * (gamma + s);
-            V<T> u = exponential(-absolute<T>(z)), sigmoid = reciprocal(T(1) + u);
-            V<T> softplus = larger<T>(z, V<T>{}) + log_1_plus(u);
-            hard += weight * (z == z ? softplus : z);
-            V<T> gap = a_below * (gamma_below + load(scores_below + k)) - z;
-            V<T> slope = load(present + k) * smaller<T>(larger<T>(gap, all(T(-1))), all(T(1)));
+        const T* scores_below = scores_nK + below * padded;
+        const T* factors_above = above > i ? scores_nK + above * padded : w.zeros_K.data();
+        T* scores = scores_nK + i * padded;
+        Pair<T> hard = {}, mutual = {};
+        for (i64 k = 0; k < padded; k += PAIR<T>) {
+            Pair<T> s = load_pair(scores + k), weight = load_pair(weights + k);
+            Pair<T> z = own_a * (gamma + s);
+            Pair<T> u = load_pair(decays + k), sigmoid = reciprocal(T(1) + u);
+            // larger(0, z) is z where that is not a number
+            hard += weight * (larger(T(0), z) + log_1_plus(u));
+            Pair<T> gap = a_below * (gamma_below + load_pair(scores_below + k)) - z;
+            Pair<T> slope = load_pair(present + k) * smaller(T(1), larger(T(-1), gap));
             mutual += slope * (gap - T(0.5) * slope);
-            V<T> factor = pull * weight * (z > 0 ? sigmoid : u * sigmoid);
+            Pair<T> factor = (pull * weight) * where_negative(z, u * sigmoid, sigmoid);
             // the gap to the one above was taken when that one's turn was
-            factor += pull_above * load(slopes + k) - pull_below * slope;
+            factor += pull_above * load_pair(slopes + k) - pull_below * slope;
             store(slopes + k, slope);
-            if constexpr (G == L2) factor = s == 0 ? V<T>{} : factor / s;
-            store(factors + k, above > i ? factor + kappa * load(factors_above + k) : factor);
+            if constexpr (G == L2) factor = {s.a == 0 ? V<T>{} : factor.a / s.a, s.b == 0 ? V<T>{} : factor.b / s.b};
+            store(scores + k, factor + kappa * load_pair(factors_above + k));
         }
         T* sums = a.sums_4XPn + query * n + i;
         sums[0] = scale * sum(hard);
@@ -228,19 +234,18 @@ void corrupt(const Corruptions<T>& a, i64 offset, bool only_weights, i64 first, 
                 }
             for (i64 p = 0; p < count; p++) {
                 const i64 query = x * a.num_queries + start + p;
-                const T* scores_nK = w.scores_PnK.data() + p * per_query;
+                T* scores_nK = w.scores_PnK.data() + p * per_query;
                 const uint8_t* keep = a.keep_XPK + query * a.num_candidates;
-                for (i64 k = 0; k < a.num_candidates; k++) w.keep_K[k] = keep[k];
-                if (only_weights)
-                    for (i64 i = 0; i < n; i++) {
-                        auto [top, total] = weigh(a, a.evidence_n[i], scores_nK, w);
-                        a.sums_4XPn[query * n + i] = top;
-                        a.sums_4XPn[per_sum + query * n + i] = total;
-                    }
-                else if (a.weights_learn)
-                    differentiate_losses<G, true>(a, query, scores_nK, w.factors_PnK.data() + p * per_query, w);
-                else
-                    differentiate_losses<G, false>(a, query, scores_nK, w.factors_PnK.data() + p * per_query, w);
+                for (i64 k = 0; k < a.num_candidates; k++) w.kept_K[k] = keep[k];
+                if (only_weights) {
+                    take_exponentials<false>(a, scores_nK, w);
+                    std::copy(w.tops_n.begin(), w.tops_n.end(), a.sums_4XPn + query * n);
+                    std::copy(w.totals_n.begin(), w.totals_n.end(), a.sums_4XPn + per_sum + query * n);
+                } else if (a.weights_learn) {
+                    differentiate_losses<G, true>(a, query, scores_nK, w);
+                } else {
+                    differentiate_losses<G, false>(a, query, scores_nK, w);
+                }
             }
             if (only_weights) continue;
             T* query_gradient_PC = a.query_gradient_XPC + at;
@@ -250,7 +255,7 @@ void corrupt(const Corruptions<T>& a, i64 offset, bool only_weights, i64 first, 
                     for (i64 c = begin; c < a.ends_n[level]; c += COLUMNS)
                         for (i64 p = 0; p < count; p += TOGETHER) {
                             const i64 end = std::min(c + COLUMNS, a.ends_n[level]), shift = p * a.stride;
-                            const T* factors = w.factors_PnK.data() + p * per_query + t * LANES;
+                            const T* factors = w.scores_PnK.data() + p * per_query + t * LANES;
 #define DIFFERENTIATE(Q)                                                                                          \
     differentiate<G, Q>(a, factors, w.padded, query_PC + shift, G == SCALED_L1 ? scale_PC + shift : nullptr,       \
                         w.candidates_TCN.data() + t * tile, level, c, end, query_gradient_PC + shift,              \

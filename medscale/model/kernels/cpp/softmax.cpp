@@ -38,7 +38,7 @@ template <class T> void forward(const Softmax<T>& a, i64 first, i64 last) {
             auto biased_vector = [&](i64 k) { return a.bias_M ? load(s + k) + load(a.bias_M + k) : load(s + k); };
             V<T> tops = all(-std::numeric_limits<T>::infinity()), sums = {}, gaps = {};
             for (i64 k = 0; k < whole; k += WIDTH<T>) tops = larger<T>(biased_vector(k), tops);
-            T top = largest<T>(tops);
+            T top = largest(tops);
             for (i64 k = whole; k < a.num_candidates; k++) top = biased(k) > top ? biased(k) : top;
             for (i64 k = 0; k < whole; k += WIDTH<T>) {
                 V<T> e = exponential(biased_vector(k) - top);

@@ -105,48 +105,111 @@ INLINE float sum(V<float> v) {
 }
 INLINE double sum(V<double> v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
-template <class T> INLINE T largest(V<T> v) {
-    T most = v[0];
-    for (int i = 1; i < WIDTH<T>; i++) most = v[i] > most ? v[i] : most;
+INLINE float largest(V<float> v) {
+#ifdef __AVX__
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+#else
+    float most = v[0];
+    for (int i = 1; i < WIDTH<float>; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+INLINE double largest(V<double> v) {
+    double most = v[0];
+    for (int i = 1; i < WIDTH<double>; i++) most = v[i] > most ? v[i] : most;
     return most;
 }
 
-// e^x: float within 2e-7 relative and at least 1e-38 (Cephes' polynomial); double as the C library has it
-INLINE V<float> exponential(V<float> x) {
-    x = smaller<float>(all(88.0f), larger<float>(all(-87.3f), x));  // in this order what is not a number stays so
-    Bits<float> n = __builtin_convertvector(x * 1.44269504f + 127.5f, Bits<float>);  // above 0, so cutting rounds down
-    V<float> whole = __builtin_convertvector(n - 127, V<float>);
-    V<float> r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
-    // in pairs rather than one after the other: half as many steps wait for each other
-    V<float> s = r * r;
-    V<float> p = (1.9875691500e-4f * r + 1.3981999507e-3f) * (s * s) + ((8.3334519073e-3f * r + 4.1665795894e-2f) * s +
-                 (1.6666665459e-1f * r + 0.5f));
-    return (p * s + (r + 1.0f)) * (V<float>)(n << 23);
+// Two vectors, worked on in turn. A chain of operations that wait for each other is longer than the processor's queue of
+// waiting operations, so that the next vector's would not begin meanwhile: chains overlap where the code takes turns.
+template <class T> struct Pair {
+    V<T> a, b;
+};
+#define IN_TURN(OPERATOR)                                                                                         \
+    template <class T> INLINE Pair<T> operator OPERATOR(Pair<T> x, Pair<T> y) { return {x.a OPERATOR y.a, x.b OPERATOR y.b}; } \
+    template <class T> INLINE Pair<T> operator OPERATOR(T x, Pair<T> y) { return {x OPERATOR y.a, x OPERATOR y.b}; }          \
+    template <class T> INLINE Pair<T> operator OPERATOR(Pair<T> x, T y) { return {x.a OPERATOR y, x.b OPERATOR y}; }
+IN_TURN(+)
+IN_TURN(-)
+IN_TURN(*)
+IN_TURN(/)
+#undef IN_TURN
+template <class T> INLINE Pair<T> operator-(Pair<T> x) { return {-x.a, -x.b}; }
+template <class T> INLINE Pair<T>& operator+=(Pair<T>& x, Pair<T> y) { return x = x + y; }
+template <class T> INLINE Pair<T> load_pair(const T* p) { return {load(p), load(p + WIDTH<T>)}; }
+template <class T> INLINE void store(T* p, Pair<T> x) { store(p, x.a), store(p + WIDTH<T>, x.b); }
+template <class T> INLINE T sum(Pair<T> x) { return sum(x.a + x.b); }
+template <class T> INLINE T largest(Pair<T> x) { return largest(larger<T>(x.a, x.b)); }
+template <class T> INLINE Pair<T> absolute(Pair<T> x) { return {absolute<T>(x.a), absolute<T>(x.b)}; }
+template <class T> INLINE Pair<T> larger(T x, Pair<T> y) { return {larger<T>(all(x), y.a), larger<T>(all(x), y.b)}; }
+template <class T> INLINE Pair<T> larger(Pair<T> x, Pair<T> y) { return {larger<T>(x.a, y.a), larger<T>(x.b, y.b)}; }
+template <class T> INLINE Pair<T> smaller(T x, Pair<T> y) { return {smaller<T>(all(x), y.a), smaller<T>(all(x), y.b)}; }
+// x > limit ? y : otherwise
+template <class T> INLINE Pair<T> where_above(Pair<T> x, T limit, Pair<T> y, T otherwise) {
+    return {x.a > limit ? y.a : all(otherwise), x.b > limit ? y.b : all(otherwise)};
 }
+
+// v < 0 ? x : y, by the sign alone
+template <class T> INLINE V<T> where_negative(V<T> v, V<T> x, V<T> y) {
+#ifdef __AVX__
+    if constexpr (std::is_same_v<T, float>) return (V<T>)_mm256_blendv_ps((__m256)y, (__m256)x, (__m256)v);
+#endif
+    return v < 0 ? x : y;
+}
+template <class T> INLINE Pair<T> where_negative(Pair<T> v, Pair<T> x, Pair<T> y) {
+    return {where_negative<T>(v.a, x.a, y.a), where_negative<T>(v.b, x.b, y.b)};
+}
+
+// p x 2^n, where n was added to 1.5 x 2^23
+INLINE V<float> scaled_by_power(V<float> p, V<float> rounded) { return (V<float>)((Bits<float>)p + ((Bits<float>)rounded << 23)); }
+INLINE Pair<float> scaled_by_power(Pair<float> p, Pair<float> rounded) {
+    return {scaled_by_power(p.a, rounded.a), scaled_by_power(p.b, rounded.b)};
+}
+
+// e^x for x up to 88: float within 2e-7 relative and at least 1e-38; double as the C library has it
+template <class X> INLINE X exponential_in_float(X x) {
+    // added to 1.5 x 2^23 a number is rounded to a whole one, which is then in the lowest bits
+    X rounded = x * 1.44269504f + 12582912.0f, whole = rounded - 12582912.0f;
+    X r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f, r2 = r * r;
+    // 1 + r + a polynomial fitted to the smallest relative error (1.1e-7) where |r| <= log(2) / 2
+    X high = 8.312520325e-3f * r + 4.189015709e-2f, low = 1.666711465e-1f * r + 4.999923149e-1f;
+    return scaled_by_power((high * r2 + low) * r2 + (r + 1.0f), rounded);
+}
+// what is not a number stays so: larger() takes its second
+INLINE V<float> exponential(V<float> x) { return exponential_in_float(larger<float>(all(-87.3f), x)); }
+INLINE Pair<float> exponential(Pair<float> x) { return exponential_in_float(larger(-87.3f, x)); }
 INLINE V<double> exponential(V<double> x) {
     for (int i = 0; i < WIDTH<double>; i++) x[i] = std::exp(x[i]);
     return x;
 }
+INLINE Pair<double> exponential(Pair<double> x) { return {exponential(x.a), exponential(x.b)}; }
 
 // 1 / v for v in [1, 2]. In float: an estimate and a step of Newton's, 2e-7.
-INLINE V<float> reciprocal(V<float> v) {
+INLINE V<float> estimated_reciprocal(V<float> v) {
 #ifdef __AVX__
-    V<float> y = (V<float>)_mm256_rcp_ps((__m256)v);
-    return y * (2.0f - v * y);
+    return (V<float>)_mm256_rcp_ps((__m256)v);
 #else
     return 1.0f / v;
 #endif
 }
-INLINE V<double> reciprocal(V<double> v) { return 1.0 / v; }
+INLINE Pair<float> reciprocal(Pair<float> v) {
+    Pair<float> y = {estimated_reciprocal(v.a), estimated_reciprocal(v.b)};
+    return y * (2.0f - v * y);
+}
+INLINE Pair<double> reciprocal(Pair<double> v) { return 1.0 / v; }
 
 // log(1 + x) for x in [0, 1]: float within 4e-7 relative, x times a polynomial fitted at Chebyshev's points
-INLINE V<float> log_1_plus(V<float> x) {
+INLINE Pair<float> log_1_plus(Pair<float> x) {
     constexpr float c[] = {0.999999965f, -0.499994357f, 0.333179343f, -0.248339455f, 0.190713096f, -0.135906002f, 0.0773807383f, -0.0289919564f, 0.00510582579f};
-    V<float> x2 = x * x, x4 = x2 * x2;
-    V<float> p = (((c[7] * x + c[6]) * x2 + (c[5] * x + c[4])) * x4 + ((c[3] * x + c[2]) * x2 + (c[1] * x + c[0]))) + c[8] * (x4 * x4);
-    return p * x;
+    // by x^2 and no higher power: those of small x would be denormal, which is slow
+    Pair<float> x2 = x * x, p = c[8] * x2 + (c[7] * x + c[6]);
+    p = p * x2 + (c[5] * x + c[4]);
+    p = p * x2 + (c[3] * x + c[2]);
+    return (p * x2 + (c[1] * x + c[0])) * x;
 }
-INLINE V<double> log_1_plus(V<double> x) {
-    for (int i = 0; i < WIDTH<double>; i++) x[i] = std::log1p(x[i]);
+INLINE Pair<double> log_1_plus(Pair<double> x) {
+    for (int i = 0; i < WIDTH<double>; i++) x.a[i] = std::log1p(x.a[i]), x.b[i] = std::log1p(x.b[i]);
     return x;
 }
