@@ -20,7 +20,8 @@ from medscale.config import Job, uses_neighbours
 from medscale.loss.bce import logits_of
 from medscale.loss.fused import Kernels
 from medscale.loss.med import ScalingParameters, dynamic_weights, mutual_divergence, positive_weights
-from medscale.loss.negatives import NegativeConstants, mutual_sums, negative_losses
+from medscale.loss.negatives import BinaryConstants, negative_losses
+from medscale.loss.positives import positive_losses
 from medscale.loss.regularizer import column_strengths, row_penalties
 from medscale.loss.softmax import log_probabilities
 from medscale.model.layout import Layout
@@ -92,7 +93,7 @@ class Objective(torch.nn.Module):
     def _binary_terms(self, batch: CorruptionBatch, rows: Rows, relations_RC: Tensor, step: int) -> Terms:
         """Binary cross-entropy; neighbours are those of the full list, since the one pass gives them for free."""
         chosen = self._chosen(step)
-        constants = self._negative_constants(chosen)
+        constants = self._binary_constants(chosen)
         weights_n = self._loss_weights()
         weights_n = weights_n * torch.tensor([float(i in chosen) for i in range(len(weights_n))]).to(weights_n)
         num_positives = sum(c.num_positives for c in batch.corruptions)
@@ -111,7 +112,7 @@ class Objective(torch.nn.Module):
         )  # fmt: skip
 
     def _corruption_terms(
-        self, c: Corruption, constants: NegativeConstants, rows: Rows, relations_RC: Tensor, share: float,
+        self, c: Corruption, constants: BinaryConstants, rows: Rows, relations_RC: Tensor, share: float,
         weights_n: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Return one corruption's share of the loss, and its (hard [n], mutual [n], penalty)."""
@@ -124,42 +125,37 @@ class Objective(torch.nn.Module):
         query_RC, scale_RC = query_XPC.flatten(0, 1), None if scale_XPC is None else scale_XPC.flatten(0, 1)
         w1, w2, _ = self.scaling()
 
-        if self.kernels is None:
-            positive_nR = scan.pair_scores(query_RC, target_RC, scale_RC)
-        else:
-            positive_nR = self.kernels.pair_scores(scan.levels, query_RC, target_RC, scale_RC)
-        logit_nR = self.logits(positive_nR)
-        evidence_nR = positive_nR.detach() if constants.raw else torch.sigmoid(logit_nR.detach())
-        constant_R = torch.full_like(evidence_nR[0], -1.0)
-        evidence_nR = torch.stack([evidence_nR[i] if i >= 0 else constant_R for i in constants.evidence])
-        hard_n = -(positive_weights(evidence_nR, w1, form=med.form) * F.logsigmoid(logit_nR)).sum(1)
-        mutual_n = mutual_sums(constants, logit_nR)
-
         # mutual learning is a mean over positives and negatives alike
         count = len(query_RC) * (1 + c.candidates_XK.shape[1])
         hard_weights_n, mutual_weights_n = (
             share * weights_n,
             torch.full_like(weights_n, share * med.mutual_weight / count),
         )
-        total = (hard_weights_n * hard_n).sum() + (mutual_weights_n * mutual_n).sum()
         if self.kernels is None:
+            hard_n, mutual_n = positive_losses(constants, w1, scan.pair_scores(query_RC, target_RC, scale_RC))
             negative_nXPK = scan.scores(query_XPC, rows.take(c.candidates_XK), scale_XPC)
             negative_n, negative_mutual_n = negative_losses(constants, w2, negative_nXPK, c.keep_XPK)
-            loss = (hard_weights_n * negative_n).sum() + (mutual_weights_n * negative_mutual_n).sum()
+            hard_n, mutual_n = hard_n + negative_n, mutual_n + negative_mutual_n
+            total = (hard_weights_n * hard_n).sum() + (mutual_weights_n * mutual_n).sum()
         else:
-            loss, negative_n, negative_mutual_n = self.kernels.corruption_loss(
-                scan.levels, constants, query_XPC, rows, c.candidates_XK, c.keep_XPK, scale_XPC, w2, hard_weights_n,
-                mutual_weights_n,
-            )  # fmt: skip
+            weights = (hard_weights_n, mutual_weights_n)
+            of_positives, hard_n, mutual_n = self.kernels.positive_loss(
+                scan.levels, constants, query_RC, target_RC, scale_RC, w1, *weights
+            )
+            of_negatives, negative_n, negative_mutual_n = self.kernels.corruption_loss(
+                scan.levels, constants, query_XPC, rows, c.candidates_XK, c.keep_XPK, scale_XPC, w2, *weights
+            )
+            total = of_positives + of_negatives
+            hard_n, mutual_n = hard_n + negative_n, mutual_n + negative_mutual_n
         penalty = self._row_penalties(known_XPC.flatten(0, 1), relation_XPC.flatten(0, 1), target_RC)
-        return total + loss, hard_n + negative_n, (mutual_n + negative_mutual_n) / count, penalty
+        return total, hard_n, mutual_n / count, penalty
 
-    def _negative_constants(self, chosen: Sequence[int]) -> NegativeConstants:
-        """Return whose scores weigh whose negatives, and who teaches whom, in a step that trains some sub-models."""
+    def _binary_constants(self, chosen: Sequence[int]) -> BinaryConstants:
+        """Return whose scores weigh whose triples, and who teaches whom, in a step that trains some sub-models."""
         med, number = self.job.med, range(len(self.layout.dims))
         # The smallest has no previous one: its weights are even.
         evidence = {"off": [-1 for _ in number], "previous": [i - 1 for i in number], "own": list(number)}
-        return NegativeConstants(
+        return BinaryConstants(
             logits=self.logits, evidence=tuple(evidence[med.evolution]),
             taught=tuple(med.mutual != "off" and i > 0 and i in chosen for i in number), raw=med.form == "paper",
             over_batch=med.normalize == "batch", both=med.mutual == "both", weights_learn=med.weights == "learnable",

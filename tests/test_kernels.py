@@ -17,7 +17,7 @@ from medscale.config import ModelSection
 from medscale.loss.bce import Logits
 from medscale.loss.cpu_corruptions import corruption_terms
 from medscale.loss.cpu_softmax import Softmax, product_log_probabilities
-from medscale.loss.negatives import NegativeConstants, negative_losses
+from medscale.loss.negatives import BinaryConstants, negative_losses
 from medscale.loss.softmax import log_probabilities
 from medscale.model.kernels import cpu_pairs
 from medscale.model.kernels.cpu_ranks import rank_counts
@@ -36,9 +36,9 @@ def scan_for(name: str, dims: tuple[int, ...], damping: float, dtype: torch.dtyp
     return prefix_scan(scorer_of(section), dims, [damping] * (len(dims) - 1), dtype=dtype)
 
 
-def constants_for(num_sub_models: int, dtype: torch.dtype, **changes: Any) -> NegativeConstants:
+def constants_for(num_sub_models: int, dtype: torch.dtype, **changes: Any) -> BinaryConstants:
     sizes = torch.linspace(1, 2, num_sub_models, dtype=dtype)
-    plain = NegativeConstants(
+    plain = BinaryConstants(
         logits=Logits(3 * sizes, 2 / sizes), evidence=tuple(range(num_sub_models)),
         taught=tuple(i > 0 for i in range(num_sub_models)), raw=False, over_batch=False, both=True, weights_learn=True,
     )  # fmt: skip
@@ -53,7 +53,7 @@ def close(fast: Tensor, plain: Tensor, dtype: torch.dtype, size: float = 0.0) ->
 
 
 def compare_corruption(
-    scan: PrefixScan, constants: NegativeConstants, query: Tensor, rows: Tensor, candidates: Tensor, keep: Tensor
+    scan: PrefixScan, constants: BinaryConstants, query: Tensor, rows: Tensor, candidates: Tensor, keep: Tensor
 ) -> None:
     """Compare losses and gradients of chunks of queries against their candidates."""
     dtype, n = query.dtype, len(scan.dims)

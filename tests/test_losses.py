@@ -18,7 +18,8 @@ from medscale.loss.med import (
     negative_weights,
     positive_weights,
 )
-from medscale.loss.negatives import NegativeConstants, negative_losses
+from medscale.loss.negatives import BinaryConstants, negative_losses
+from medscale.loss.positives import positive_losses, positive_terms
 from medscale.loss.regularizer import column_strengths, row_penalties
 from medscale.model.layout import layout_of
 from medscale.objective import Objective
@@ -72,13 +73,36 @@ def test_negative_losses_are_equation_5() -> None:
     n, x, p, k = 2, 2, 1, 3
     scores, keep = torch.randn(n, x, p, k, dtype=torch.float64), torch.ones(x, p, k, dtype=torch.bool)
     ones = torch.ones(n, dtype=torch.float64)
-    constants = NegativeConstants(Logits(0 * ones, ones), (-1, -1), (False, True), False, False, False)
+    constants = BinaryConstants(Logits(0 * ones, ones), (-1, -1), (False, True), False, False, False)
     hard, mutual = negative_losses(constants, W, scores, keep)
     for i in range(n):
         plain = -sum(math.log(1 - 1 / (1 + math.exp(-s))) for s in scores[i].flatten()) / (x * p * k)
         torch.testing.assert_close(hard[i], torch.tensor(plain, dtype=torch.float64))
     assert mutual[0] == 0
     assert mutual[1] > 0
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("evidence", [(0, 1, 2), (-1, 0, 1), (-1, -1, -1)])
+@pytest.mark.parametrize("num_positives", [1, 7])
+def test_gradients_of_positives_by_hand_equal_autograd(
+    num_positives: int, evidence: tuple[int, ...], *, both: bool, raw: bool
+) -> None:
+    sizes = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    constants = BinaryConstants(
+        Logits(sizes, 3 / sizes), evidence, (False, True, False), raw, over_batch=raw, both=both, weights_learn=True
+    )
+    scores = -3 * torch.rand(3, num_positives, dtype=torch.float64) - 0.1
+    hard_weights, mutual_weights = torch.rand(2, 3, dtype=torch.float64)
+    leaf, w1 = scores.clone().requires_grad_(), W.clone().requires_grad_()
+    hard, mutual = positive_losses(constants, w1, leaf)
+    total = (hard_weights * hard).sum() + (mutual_weights * mutual).sum()
+    gradient, slope = torch.autograd.grad(total, [leaf, w1], materialize_grads=True)
+    terms = positive_terms(constants, W, scores, hard_weights, mutual_weights)
+    plain = (hard.detach(), mutual.detach(), slope, gradient)
+    for fast, slow in zip((terms.hard_n, terms.mutual_n, terms.w1_slope, terms.gradient_nR), plain, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
 
 
 def test_logits_grow_margins_and_shrink_temperatures_with_the_square_root() -> None:

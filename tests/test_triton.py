@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from medscale.config import ModelSection
 from medscale.loss import negatives, triton_negatives
 from medscale.loss.bce import Logits
-from medscale.loss.negatives import NegativeConstants, NegativeTerms
+from medscale.loss.negatives import BinaryConstants, NegativeTerms
 from medscale.model.kernels.levels import Levels
 from medscale.model.kernels.triton_ranks import rank_counts
 from medscale.model.kernels.triton_scores import add_rows, chunk_gradients, chunk_scores, pair_gradients, pair_scores
@@ -285,7 +285,7 @@ def terms_of(
     margins, temperatures, hard, mutual = (randn(n).abs() + 0.5 for _ in range(4))
     results = []
     for function, kind in ((triton_negatives.negative_terms, dtype), (negatives.negative_terms, torch.float64)):
-        constants = NegativeConstants(
+        constants = BinaryConstants(
             logits=Logits(margins.to(kind), temperatures.to(kind)),
             evidence=tuple(i - (i + 1) % 2 for i in range(n)),
             taught=tuple(i > 0 and i != 2 for i in range(n)),
@@ -312,7 +312,7 @@ def test_negative_terms_of_nothing_are_zero() -> None:
     for shape in ((2, 0, 1, 3), (2, 1, 3, 0)):
         for over_batch in (False, True):
             terms = triton_negatives.negative_terms(
-                NegativeConstants(Logits(randn(2), randn(2)), (-1, 0), (False, True), False, over_batch, False),
+                BinaryConstants(Logits(randn(2), randn(2)), (-1, 0), (False, True), False, over_batch, False),
                 1.0, randn(*shape), randn(*shape[1:]) < 0, randn(2), randn(2),
             )  # fmt: skip
             assert terms.gradient_nXPK.shape == shape
@@ -340,7 +340,7 @@ def test_kernels_touch_no_memory_beside_their_tensors() -> None:
         row_gradients_UC,
     )  # fmt: skip
     taught = (False, True, True, True, True)
-    constants = NegativeConstants(
+    constants = BinaryConstants(
         Logits(guarded(randn(5)), guarded(randn(5))), (-1, 0, 1, 2, 3), taught, False, False, True
     )
     terms = triton_negatives.negative_terms(

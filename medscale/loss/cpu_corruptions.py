@@ -8,7 +8,7 @@ a row, and the result does not depend on how many there are. `cpp/corruptions.cp
 import torch
 from torch import Tensor
 
-from medscale.loss.negatives import CorruptionTerms, NegativeConstants
+from medscale.loss.negatives import BinaryConstants, CorruptionTerms
 from medscale.model.kernels.levels import Levels
 from medscale.model.kernels.library import LANES, arguments, function, geometry_number, run_parts
 
@@ -21,7 +21,7 @@ _LINE = 16
 
 
 def corruption_terms(
-    levels: Levels, constants: NegativeConstants, w2: float, query_XPC: Tensor, rows_UC: Tensor,
+    levels: Levels, constants: BinaryConstants, w2: float, query_XPC: Tensor, rows_UC: Tensor,
     candidates_XK: Tensor, keep_XPK: Tensor, scale_XPC: Tensor | None, hard_weights_n: Tensor,
     mutual_weights_n: Tensor, row_gradients_UC: Tensor,
 ) -> CorruptionTerms:  # fmt: skip

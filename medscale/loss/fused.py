@@ -6,7 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from medscale.loss.negatives import CorruptionTerms, NegativeConstants
+from medscale.loss.negatives import BinaryConstants, CorruptionTerms
+from medscale.loss.positives import positive_terms
 from medscale.model.kernels.levels import Levels
 from medscale.model.kernels.library import library
 from medscale.model.rows import Rows
@@ -30,13 +31,20 @@ class Kernels:
         #: on a GPU torch's own log-softmax is as good
         self.softmax: Any = None if on_gpu else importlib.import_module("medscale.loss.cpu_softmax")
 
-    def pair_scores(self, levels: Levels, query_RC: Tensor, target_RC: Tensor, scale_RC: Tensor | None) -> Tensor:
-        """Return scores [n, R] of one candidate for each query."""
-        scores = _PairScores.apply(self, levels, query_RC, target_RC, scale_RC)  # type: ignore[no-untyped-call]
-        return cast(Tensor, scores)
+    def positive_loss(
+        self, levels: Levels, constants: BinaryConstants, query_RC: Tensor, target_RC: Tensor, scale_RC: Tensor | None,
+        w1: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Return (sum_i hard_weights_i hard_i + mutual_weights_i mutual_i, hard [n], mutual [n]), as below."""
+        return cast(
+            tuple[Tensor, Tensor, Tensor],
+            _PositiveLoss.apply(  # type: ignore[no-untyped-call]
+                self, (levels, constants), query_RC, target_RC, scale_RC, w1, hard_weights_n, mutual_weights_n
+            ),
+        )
 
     def corruption_loss(
-        self, levels: Levels, constants: NegativeConstants, query_XPC: Tensor, rows: Rows, candidates_XK: Tensor,
+        self, levels: Levels, constants: BinaryConstants, query_XPC: Tensor, rows: Rows, candidates_XK: Tensor,
         keep_XPK: Tensor, scale_XPC: Tensor | None, w2: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return (sum_i hard_weights_i hard_i + mutual_weights_i mutual_i, hard [n], mutual [n]).
@@ -52,20 +60,27 @@ class Kernels:
         )
 
 
-class _PairScores(torch.autograd.Function):
+class _PositiveLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, levels: Levels, query_RC: Tensor, target_RC: Tensor, scale_RC: Tensor | None
-    ) -> Tensor:
+        ctx: Any, kernels: Kernels, arguments: Any, query_RC: Tensor, target_RC: Tensor, scale_RC: Tensor | None,
+        w1: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        levels, constants = arguments
         scores_nR: Tensor = kernels.pairs.pair_scores(levels, query_RC, target_RC, scale_RC)
-        ctx.kernels, ctx.levels = kernels, levels
+        terms = positive_terms(constants, w1, scores_nR, hard_weights_n, mutual_weights_n)
+        ctx.kernels, ctx.levels, ctx.terms = kernels, levels, terms
         ctx.save_for_backward(scores_nR, query_RC, target_RC, scale_RC)
-        return scores_nR
+        ctx.mark_non_differentiable(terms.hard_n, terms.mutual_n)
+        total = (hard_weights_n * terms.hard_n).sum() + (mutual_weights_n * terms.mutual_n).sum()
+        return total, terms.hard_n, terms.mutual_n
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient_nR,) = gradients
-        return None, None, *ctx.kernels.pairs.pair_gradients(ctx.levels, gradient_nR, *ctx.saved_tensors)
+        terms, total_gradient = ctx.terms, gradients[0]
+        pairs = ctx.kernels.pairs.pair_gradients(ctx.levels, total_gradient * terms.gradient_nR, *ctx.saved_tensors)
+        weights = (total_gradient * numbers for numbers in (terms.w1_slope, terms.hard_n, terms.mutual_n))
+        return None, None, *pairs, *weights
 
 
 class _CorruptionLoss(torch.autograd.Function):

@@ -14,26 +14,32 @@ from torch import Tensor
 from medscale.loss.bce import Logits
 from medscale.loss.med import mutual_huber, negative_weights
 
-__all__ = ["CorruptionTerms", "NegativeConstants", "NegativeTerms", "mutual_sums", "negative_losses",
-           "negative_terms"]  # fmt: skip
+__all__ = [
+    "BinaryConstants",
+    "CorruptionTerms",
+    "NegativeTerms",
+    "mutual_sums",
+    "negative_losses",
+    "negative_terms",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class NegativeConstants:
-    """What stays the same from step to step."""
+class BinaryConstants:
+    """What stays the same from step to step, of positives and negatives."""
 
     logits: Logits
-    #: per sub-model: whose scores weigh its negatives (equation 4); -1: all weigh the same
+    #: per sub-model: whose scores weigh its triples (equations 3 and 4); -1: all weigh the same
     evidence: tuple[int, ...]
     #: per sub-model: whether it teaches, or learns from, the one below (equation 2)
     taught: tuple[bool, ...]
-    #: evidence is the score s, not the logit z
+    #: the letter of the paper: evidence is the score s, not the logit z (negatives) or its sigmoid (positives)
     raw: bool
     #: weights sum to 1 over all negatives, not for each positive
     over_batch: bool
     #: the larger of two neighbours learns too, instead of being a detached teacher
     both: bool
-    #: whether the derivative by w2 is wanted
+    #: whether derivatives by w1 and w2 are wanted
     weights_learn: bool = False
 
 
@@ -66,7 +72,7 @@ class CorruptionTerms:
 
 
 def negative_losses(
-    constants: NegativeConstants, w2: Tensor, scores_nXPK: Tensor, keep_XPK: Tensor
+    constants: BinaryConstants, w2: Tensor, scores_nXPK: Tensor, keep_XPK: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return (hard [n], mutual [n]) of scored negatives: the plain form, for autograd.
 
@@ -82,7 +88,7 @@ def negative_losses(
     return hard_n, mutual_sums(constants, logits.flatten(1))
 
 
-def mutual_sums(constants: NegativeConstants, logits_nT: Tensor) -> Tensor:
+def mutual_sums(constants: BinaryConstants, logits_nT: Tensor) -> Tensor:
     """Return, per sub-model [n], the sum over T triples of Huber losses between it and the one below, where taught."""
     larger_nT = logits_nT[1:] if constants.both else logits_nT[1:].detach()
     losses = mutual_huber(logits_nT[:-1], larger_nT) * logits_nT.shape[1]
@@ -91,7 +97,7 @@ def mutual_sums(constants: NegativeConstants, logits_nT: Tensor) -> Tensor:
 
 
 def negative_terms(
-    constants: NegativeConstants, w2: float, scores_nXPK: Tensor, keep_XPK: Tensor, hard_weights_n: Tensor,
+    constants: BinaryConstants, w2: float, scores_nXPK: Tensor, keep_XPK: Tensor, hard_weights_n: Tensor,
     mutual_weights_n: Tensor,
 ) -> NegativeTerms:  # fmt: skip
     """Return the losses of scored negatives, and d/ds of sum_i hard_weights_i hard_i + mutual_weights_i mutual_i."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from medscale.loss.negatives import CorruptionTerms, NegativeConstants
+from medscale.loss.negatives import BinaryConstants, CorruptionTerms
 from medscale.loss.triton_negatives import negative_terms
 from medscale.model.kernels.levels import Levels
 from medscale.model.kernels.triton_scores import chunk_gradients, chunk_scores
@@ -11,7 +11,7 @@ __all__ = ["corruption_terms"]
 
 
 def corruption_terms(
-    levels: Levels, constants: NegativeConstants, w2: float, query_XPC: Tensor, rows_UC: Tensor,
+    levels: Levels, constants: BinaryConstants, w2: float, query_XPC: Tensor, rows_UC: Tensor,
     candidates_XK: Tensor, keep_XPK: Tensor, scale_XPC: Tensor | None, hard_weights_n: Tensor,
     mutual_weights_n: Tensor, row_gradients_UC: Tensor,
 ) -> CorruptionTerms:  # fmt: skip

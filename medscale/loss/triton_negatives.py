@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from medscale.loss.negatives import NegativeConstants, NegativeTerms
+from medscale.loss.negatives import BinaryConstants, NegativeTerms
 
 __all__ = ["negative_terms"]
 
 
 def negative_terms(
-    constants: NegativeConstants, w2: float, scores_nXPK: Tensor, keep_XPK: Tensor, hard_weights_n: Tensor,
+    constants: BinaryConstants, w2: float, scores_nXPK: Tensor, keep_XPK: Tensor, hard_weights_n: Tensor,
     mutual_weights_n: Tensor,
 ) -> NegativeTerms:  # fmt: skip
     """Return the losses of scored negatives, and the gradient of their weighted sum by the scores and by w2.

@@ -33,7 +33,7 @@ from medscale.logs import log
 from medscale.loss.bce import logits_of
 from medscale.loss.fused import Kernels
 from medscale.loss.med import dynamic_weights
-from medscale.loss.negatives import NegativeConstants, negative_losses
+from medscale.loss.negatives import BinaryConstants, negative_losses
 from medscale.model.prefix import PrefixScan, prefix_scan
 from medscale.model.rows import Rows, add_rows
 from medscale.model.scoring import scorer_of
@@ -49,7 +49,7 @@ class Step:
     """Random tensors of a step's size, and the constants of MED as it is by default."""
 
     scan: PrefixScan
-    constants: NegativeConstants
+    constants: BinaryConstants
     query_XPC: Tensor
     rows_UC: Tensor
     candidates_XK: Tensor
@@ -80,7 +80,7 @@ def step_of(scorer_name: str, sub_models: int, sharing: str, device: torch.devic
     chunks = POSITIVES // per_chunk
     return Step(
         scan=scan,
-        constants=NegativeConstants(
+        constants=BinaryConstants(
             logits=logits_of(LossSection(), dims, is_distance=scorer.is_distance, device=device),
             evidence=tuple(range(sub_models)), taught=tuple(i > 0 for i in range(sub_models)), raw=False,
             over_batch=False, both=False,

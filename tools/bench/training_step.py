@@ -4,10 +4,12 @@ usage: python tools/bench/training_step.py [--data-dir DIR] [--scorers ...] [--q
 
 A step is what the training loop does for 1,024 triples with 64 negatives each: wait for a batch (a thread prepares the
 next one meanwhile), look rows up, loss and gradients, guards, update of the tables (rowwise Adagrad, fused into the
-look-up's backward pass) and of the relations. Models have 640 units: 64 sub-models of 10, 20, ..., 640 in blocks cut
-at the tiers 10, 100 and 640, or the largest alone. Negatives are shared by chunks of 32 positives, or fresh for each.
+look-up's backward pass) and of the relations. Models have 640 units: 64 sub-models of 10, 20, ..., 640, or the largest
+alone. Negatives are shared by chunks of 32 positives, or fresh for each. `blocks` says into how many tables the
+columns are cut: one, as for the single model, or three, for the tiers 10, 100 and 640 (so that they can lie on several
+devices), which costs two more updates per row whatever is trained.
 
-Both sizes are trained side by side, a few steps each in turn, in one process for each scorer, sharing and number of
+All are trained side by side, a few steps each in turn, in one process for each scorer, sharing and number of
 threads, pinned to as many cores. Each turn begins with a step that is not measured, since its batch was prepared
 while the other size was trained. `triples_per_s` is over all steps measured, `ms_per_step` their median, and
 `times_one` that over the median with one sub-model. `shares` are each part's share of the time, from clocks around the
@@ -26,7 +28,7 @@ import torch
 from measure import in_own_process
 from records import Record, options, parse, publish
 from torch import Tensor
-from workload import SCORERS, SHARING, add_data_option, dims_of, job_of, prepared_graph
+from workload import SCORERS, SHARING, TIERS, add_data_option, dims_of, job_of, prepared_graph
 
 from medscale import trainer as trainer_module
 from medscale.distributed import process_group
@@ -113,7 +115,7 @@ class Loop:
     def record(self) -> Record:
         layout, seconds = self.trainer.layout, sum(self.times)
         return {
-            "sub_models": len(layout.dims), "units": layout.dims[-1],
+            "sub_models": len(layout.dims), "blocks": len(layout.blocks), "units": layout.dims[-1],
             "triples_per_s": round(self.triples / seconds, 1),
             "ms_per_step": round(1000 * statistics.median(self.times), 3),
             "shares": {part: round(own / seconds, 3) for part, own in self.parts.items()},
@@ -123,14 +125,14 @@ class Loop:
 def records_of(
     scorer: str, sharing: str, batch: int, steps: int, turns: int, threads: int, graph_directory: Path
 ) -> list[Record]:
-    """Measure 64 sub-models and one."""
+    """Measure one sub-model, and 64 in one block and in three."""
     clock, graph = Clock(), open_graph(graph_directory, verify=False)
     put_on(clock)
     with process_group(CPU):
-        loops = [
-            Loop(Trainer(job_of(scorer, dims_of(n), sharing, threads=threads, batch=batch), graph, Path(), CPU), clock)
-            for n in (1, 64)
-        ]
+        loops = []
+        for sub_models, tiers in ((1, ()), (64, ()), (64, TIERS)):
+            job = job_of(scorer, dims_of(sub_models), sharing, threads=threads, batch=batch, tiers=tiers)
+            loops.append(Loop(Trainer(job, graph, Path(), CPU), clock))
         for loop in turns * loops:
             loop.run(steps)
     facts = {"scorer": scorer, "sharing": sharing, "system": "medscale", "threads": threads, "batch": batch}

@@ -18,7 +18,7 @@ from medscale.config import (
     TrainSection,
 )
 
-__all__ = ["SCORERS", "SHARING", "add_data_option", "dims_of", "job_of", "model_of", "prepared_graph"]
+__all__ = ["SCORERS", "SHARING", "TIERS", "add_data_option", "dims_of", "job_of", "model_of", "prepared_graph"]
 
 #: TransE by either norm
 SCORERS = ("transe", "transe_l2", "rotate", "simple", "complex", "distmult", "pairre")
@@ -28,7 +28,8 @@ SHARING = {
     "fresh": NegativesSection(kind="per_positive", number=64),
 }
 _GRAPH = GraphSection(**{split: (f"FB15k-237/{split}.tsv.zst",) for split in ("train", "valid", "test")})
-_TIERS = (10, 100)
+#: the units that are shipped, beside the largest; tables are cut into blocks at tiers
+TIERS = (10, 100)
 
 
 def dims_of(sub_models: int, units: int = 640) -> tuple[int, ...]:
@@ -36,21 +37,22 @@ def dims_of(sub_models: int, units: int = 640) -> tuple[int, ...]:
     return tuple(units * (i + 1) // sub_models for i in range(sub_models))
 
 
-def model_of(scorer: str, dims: tuple[int, ...]) -> ModelSection:
-    """Return the model section of one of `SCORERS`; tiers are 10, 100 and all units, where there are such dims."""
+def model_of(scorer: str, dims: tuple[int, ...], tiers: tuple[int, ...] = TIERS) -> ModelSection:
+    """Return the model section of one of `SCORERS`; all units are a tier, and each of `tiers` that is a dim."""
     name, _, norm = scorer.partition("_")
-    tiers = {str(dim): dim for dim in (*_TIERS, dims[-1]) if dim in dims}
-    return ModelSection(scorer=name, norm=norm or "l1", dims=dims, tiers=tiers)  # type: ignore[arg-type]
+    named = {str(dim): dim for dim in (*tiers, dims[-1]) if dim in dims}
+    return ModelSection(scorer=name, norm=norm or "l1", dims=dims, tiers=named)  # type: ignore[arg-type]
 
 
 def job_of(
-    scorer: str, dims: tuple[int, ...], sharing: str, *, threads: int, batch: int = 1024, **optimizer: Any
-) -> Job:
+    scorer: str, dims: tuple[int, ...], sharing: str, *, threads: int, batch: int = 1024,
+    tiers: tuple[int, ...] = TIERS, **optimizer: Any,
+) -> Job:  # fmt: skip
     """Return a job that trains on one CPU for as long as it is let, with MED as it is by default."""
     return Job(
         name="bench",
         graph=_GRAPH,
-        model=model_of(scorer, dims),
+        model=model_of(scorer, dims, tiers),
         negatives=SHARING[sharing],
         optimizer=OptimizerSection(**optimizer),
         train=TrainSection(epochs=10_000, batch_size=batch),

@@ -13,6 +13,8 @@ namespace {
 // queries scored together, and columns differentiated together: what they share stays in the L1 cache
 constexpr int QUERIES = 4, TOGETHER = 2;
 constexpr i64 COLUMNS = 32;
+// sub-models whose loss is taken in one go
+constexpr i64 SUB_MODELS = 8;
 // numbers in a pair of vectors
 template <class T> constexpr i64 PAIR = 2 * WIDTH<T>;
 
@@ -48,14 +50,16 @@ template <class T> struct Workspace {
     i64 tiles, padded;
     // scores of a few queries, which become what each level's own sum is worth
     std::vector<T> candidates_TCN, scores_PnK;
-    // of one query: each sub-model's unnormalised weights and exp(-|z|), and how to normalise the weights
-    std::vector<T> weights_nK, decays_nK, tops_n, totals_n, slopes_K, present_K, kept_K, zeros_K;
+    // of one query and a few sub-models: unnormalised weights, exp(-|z|)
+    std::vector<T> weights_mK, decays_mK;
+    // of one query: how to normalise weights, derivatives by the gap to the sub-model above
+    std::vector<T> tops_n, totals_n, slopes_K, present_K, kept_K, zeros_K;
 
     explicit Workspace(const Corruptions<T>& a)
         : tiles((a.num_candidates + LANES - 1) / LANES), padded(tiles * LANES),
           candidates_TCN(tiles * a.ends_n[a.num_sub_models - 1] * LANES), scores_PnK(QUERIES * a.num_sub_models * padded),
-          weights_nK(a.num_sub_models * padded), decays_nK(a.num_sub_models * padded), tops_n(a.num_sub_models),
-          totals_n(a.num_sub_models), slopes_K(padded), present_K(padded), kept_K(padded), zeros_K(padded) {
+          weights_mK(SUB_MODELS * padded), decays_mK(SUB_MODELS * padded), tops_n(a.num_sub_models), totals_n(a.num_sub_models),
+          slopes_K(padded), present_K(padded), kept_K(padded), zeros_K(padded) {
         std::fill(present_K.begin(), present_K.begin() + a.num_candidates, T(1));
     }
 };
@@ -81,18 +85,19 @@ void score(const Corruptions<T>& a, const T* query_PC, const T* scale_PC, const 
     }
 }
 
-// Fill in, for every sub-model, weights exp(w2 evidence - top) of kept candidates, 0 of others, with (top, their sum), and
-// with LOSSES also exp(-|z|). The evidence is the logit, or raw score, of sub-model j; none if that is below 0.
+// Fill in, for sub-models [first, last), weights exp(w2 evidence - top) of kept candidates, 0 of others, with (top, their
+// sum), and with LOSSES also exp(-|z|). The evidence is the logit, or raw score, of sub-model j; none if that is below 0.
 //
-// Sweeps over all sub-models, each with a short chain of operations that wait for each other: many then overlap.
-template <bool LOSSES, class T> void take_exponentials(const Corruptions<T>& a, const T* scores_nK, Workspace<T>& w) {
+// Sweeps over some sub-models, each with a short chain of operations that wait for each other: many then overlap.
+template <bool LOSSES, class T>
+void take_exponentials(const Corruptions<T>& a, i64 first, i64 last, const T* scores_nK, Workspace<T>& w) {
     const T lowest = -std::numeric_limits<T>::infinity();
-    for (i64 i = 0; i < a.num_sub_models; i++) {
+    for (i64 i = first; i < last; i++) {
         const i64 j = a.evidence_n[i];
         const T slope = T(a.w2) * (a.raw || j < 0 ? T(1) : a.temperatures_n[j]), gamma = a.raw || j < 0 ? T(0) : a.margins_n[j];
         const T* scores = j < 0 ? w.zeros_K.data() : scores_nK + j * w.padded;
         const T* kept = a.hard_weights_n[i] == 0 ? w.zeros_K.data() : w.kept_K.data();
-        T* weights = w.weights_nK.data() + i * w.padded;
+        T* weights = w.weights_mK.data() + (i - first) * w.padded;
         Pair<T> tops = {all(lowest), all(lowest)};
         for (i64 k = 0; k < w.padded; k += PAIR<T>) {
             Pair<T> exponent = where_above(load_pair(kept + k), T(0), slope * (gamma + load_pair(scores + k)), lowest);
@@ -103,10 +108,10 @@ template <bool LOSSES, class T> void take_exponentials(const Corruptions<T>& a, 
         T top = largest(tops);
         w.tops_n[i] = top > lowest ? top : 0;
     }
-    for (i64 i = 0; i < a.num_sub_models; i++) {
+    for (i64 i = first; i < last; i++) {
         const T top = w.tops_n[i], own_a = a.temperatures_n[i], gamma = a.margins_n[i];
         const T* scores = scores_nK + i * w.padded;
-        T *weights = w.weights_nK.data() + i * w.padded, *decays = w.decays_nK.data() + i * w.padded;
+        T *weights = w.weights_mK.data() + (i - first) * w.padded, *decays = w.decays_mK.data() + (i - first) * w.padded;
         V<T> totals = {};
         for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
             V<T> exponent = load(weights + k);
@@ -145,10 +150,14 @@ void differentiate_losses(const Corruptions<T>& a, i64 query, T* __restrict scor
     const T share = T(1) / T(a.num_chunks * a.num_queries), sign = G == PRODUCT || G == L2 ? 1 : -1;
     const T* present = w.present_K.data();
     T* __restrict slopes = w.slopes_K.data();
-    take_exponentials<true>(a, scores_nK, w);
     std::fill(w.slopes_K.begin(), w.slopes_K.end(), T(0));
+    i64 first = n;
     for (i64 i = n - 1; i >= 0; i--) {
-        const T *weights = w.weights_nK.data() + i * padded, *decays = w.decays_nK.data() + i * padded;
+        if (i < first) {
+            first = std::max<i64>(0, i + 1 - SUB_MODELS);
+            take_exponentials<true>(a, first, i + 1, scores_nK, w);
+        }
+        const T *weights = w.weights_mK.data() + (i - first) * padded, *decays = w.decays_mK.data() + (i - first) * padded;
         const T total = w.totals_n[i];
         T scale = 0;
         if (total > 0)
@@ -238,7 +247,7 @@ void corrupt(const Corruptions<T>& a, i64 offset, bool only_weights, i64 first, 
                 const uint8_t* keep = a.keep_XPK + query * a.num_candidates;
                 for (i64 k = 0; k < a.num_candidates; k++) w.kept_K[k] = keep[k];
                 if (only_weights) {
-                    take_exponentials<false>(a, scores_nK, w);
+                    for (i64 i = 0; i < n; i += SUB_MODELS) take_exponentials<false>(a, i, std::min(i + SUB_MODELS, n), scores_nK, w);
                     std::copy(w.tops_n.begin(), w.tops_n.end(), a.sums_4XPn + query * n);
                     std::copy(w.totals_n.begin(), w.totals_n.end(), a.sums_4XPn + per_sum + query * n);
                 } else if (a.weights_learn) {
