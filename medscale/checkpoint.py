@@ -30,17 +30,20 @@ from medscale.manifest import Manifest, read_manifest, verify_files, write_manif
 from medscale.model.embedding import TableRows
 from medscale.model.layout import Layout, layout_of
 from medscale.storage import (
+    TMP,
     commit_directory,
     fault_point,
     retire_directory,
     staging_directory,
     sweep_leftovers,
 )
+from medscale.workers import ALONE, Workers
 
 __all__ = [
     "Checkpoint",
     "Tables",
     "changed_keys",
+    "committed",
     "committed_steps",
     "find_resumable",
     "layout_facts",
@@ -92,15 +95,22 @@ def committed_steps(run_directory: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
+def committed(run_directory: Path, step: int) -> Checkpoint:
+    """Return a committed step that another worker has verified."""
+    directory = checkpoints_of(run_directory) / f"step-{step:09d}"
+    return Checkpoint(directory, read_manifest(directory, "checkpoint", FORMAT, CheckpointError))
+
+
 def step_of(directory: Path) -> int:
     """Return the step that a committed directory is named for."""
     return int(directory.name.removeprefix("step-"))
 
 
-def save(run_directory: Path, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
+def save(run_directory: Path, state: Mapping[str, Any], facts: Mapping[str, Any], workers: Workers = ALONE) -> Path:
     """Commit `state` (tensors, sharded or not, nested in mappings) as the step that `facts` names.
 
-    A step that is committed already is left as it is: the same step of the same run has the same tensors.
+    A step that is committed already is left as it is: the same step of the same run has the same tensors. Every
+    worker calls this and writes its shards; the leader commits, and all return when it has, or raise.
 
     Raises:
         CheckpointError: it could not be written (a full disk, say); the steps before it are untouched.
@@ -109,18 +119,50 @@ def save(run_directory: Path, state: Mapping[str, Any], facts: Mapping[str, Any]
     folder = checkpoints_of(run_directory)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{facts['step']:09d}"
-    if final.exists():
+    # The leader's word counts: it may have committed this step before others look.
+    if workers.told(final.exists()):
         return final
-    try:
-        with staging_directory(final) as draft:
-            with _quiet():
-                dcp.save(dict(state), checkpoint_id=draft / _STATE)
-            fault_point("after-shard")
-            write_manifest(draft, "checkpoint", FORMAT, facts)
-            commit_directory(draft, final)
-    except (OSError, CheckpointException) as cause:
-        raise CheckpointError(f"{final} could not be written: {_root_cause(cause)}; older steps are whole") from cause
+    with _draft_of(final, workers) as draft:
+        with _agreement(final, workers), _quiet():
+            dcp.save(dict(state), checkpoint_id=draft / _STATE)
+        with _agreement(final, workers):
+            if workers.leads:
+                fault_point("after-shard")
+                write_manifest(draft, "checkpoint", FORMAT, facts)
+                commit_directory(draft, final)
     return final
+
+
+@contextlib.contextmanager
+def _draft_of(final: Path, workers: Workers) -> Iterator[Path]:
+    """Yield the directory that all workers write to; the leader makes it, and removes it when the block fails."""
+    if workers.leads:
+        with staging_directory(final) as draft:
+            workers.wait()
+            yield draft
+    else:
+        workers.wait()
+        yield final.with_name(final.name + TMP)
+
+
+@contextlib.contextmanager
+def _agreement(final: Path, workers: Workers) -> Iterator[None]:
+    """Run a block of every worker; fail on all where it fails on one.
+
+    Raises:
+        CheckpointError: it failed somewhere; names worker and cause.
+
+    """
+    failure: str | None = None
+    try:
+        yield
+    except (OSError, CheckpointException) as cause:
+        failure = _root_cause(cause)
+    failures = {rank: text for rank, text in enumerate(workers.all_of(failure)) if text is not None}
+    if failures:
+        rank, text = next(iter(failures.items()))
+        where = "" if workers.size == 1 else f"worker {rank}: "
+        raise CheckpointError(f"{final} could not be written: {where}{text}; older steps are whole")
 
 
 def _root_cause(error: BaseException) -> str:
@@ -324,6 +366,7 @@ def layout_facts(layout: Layout, norm: str) -> dict[str, Any]:
         "dims": list(layout.dims),
         "tiers": dict(layout.tiers),
         "damping": list(layout.damping),
+        "block_units": layout.block_units,
         "reciprocal": layout.reciprocal,
         "num_entities": layout.num_entities,
         "num_relations": layout.num_relations,
@@ -341,6 +384,7 @@ def layout_from_facts(facts: Mapping[str, Any]) -> Layout:
         tiers=facts["tiers"],
         reciprocal=facts["reciprocal"],
         damping=tuple(facts["damping"]) or (1.0,),
+        block_units=facts.get("block_units"),
     )
     return layout_of(section, facts["num_entities"], facts["num_relations"])
 
@@ -351,7 +395,7 @@ MUTABLE_KEYS = frozenset({
     "train.epochs", "train.patience", "train.log_every", "train.validate_every", "train.valid_triples",
     "train.watch_dim", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "evaluate.split",
     "evaluate.max_triples", "evaluate.memory_mib", "runtime.device", "runtime.threads", "runtime.memory_gib",
-    "runtime.kernels", "graph.memory_mib",
+    "runtime.kernels", "runtime.workers", "runtime.placement", "runtime.timeout_s", "graph.memory_mib",
 })  # fmt: skip
 
 

@@ -124,6 +124,12 @@ class ModelSection:
         above=0,
         maximum=1,
     )
+    block_units: int | None = key(
+        None,
+        "columns between tiers are cut further, into tables of about this many units at most, which can lie on "
+        "several workers; default: one table per tier",
+        minimum=1,
+    )
     init_scale: float | None = key(
         None,
         "initial columns: half-width of the uniform (distances), standard deviation (products); default: "
@@ -268,8 +274,18 @@ class EvaluateSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeSection:
-    """The machine."""
+    """The machines."""
 
+    workers: int = key(
+        1, "worker processes that train together; more than one are run by Ray, each with a GPU of its own on `cuda`",
+        minimum=1,
+    )  # fmt: skip
+    placement: Literal["auto", "table_wise", "row_wise"] = key(
+        "auto",
+        "several workers: whole tables on workers, balanced by width; or the rows of each table spread over all; "
+        "`auto`: table_wise where every worker's tables fit in its memory",
+    )
+    timeout_s: int = key(600, "several workers: seconds to wait for one that does not come", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "`auto`: CUDA where there is a GPU")
     threads: int | None = key(None, "CPU threads; default: all cores", minimum=1)
     kernels: Literal["auto", "torch"] = key(
@@ -277,7 +293,7 @@ class RuntimeSection:
         "scores, losses and ranks: `auto` by fused kernels (C++ on a CPU, Triton on a GPU), which are many times "
         "faster; `torch` by plain torch, which needs no C++ compiler",
     )
-    memory_gib: float | None = key(None, "memory that the job may count on; default: what is free", above=0)
+    memory_gib: float | None = key(None, "memory that each worker may count on; default: what is free", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

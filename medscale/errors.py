@@ -63,3 +63,9 @@ class UnsupportedError(MedscaleError):
     """The machine, or the installed set of libraries, cannot do what the job asks."""
 
     exit_code = 9
+
+
+class WorkerError(MedscaleError):
+    """Another worker of the run died, hangs, or failed; this one cannot go on without it."""
+
+    exit_code = 10

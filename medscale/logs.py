@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["LINE_SECONDS", "Advance", "console", "log", "progress"]
+__all__ = ["LINE_SECONDS", "Advance", "console", "log", "progress", "silence", "silenced"]
 
 #: called with how many more units are done
 Advance = Callable[[int], None]
@@ -29,9 +29,24 @@ def console() -> "Console":
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
+_silenced = False
+
+
+def silence() -> None:
+    """Say nothing from now on: of several workers, which all know the same, the leader speaks."""
+    global _silenced
+    _silenced = True
+
+
+def silenced() -> bool:
+    """Whether this process says nothing."""
+    return _silenced
+
+
 def log(message: str) -> None:
     """Write one dated line to stderr."""
-    print(time.strftime("%H:%M:%S"), message, file=sys.stderr, flush=True)
+    if not _silenced:
+        print(time.strftime("%H:%M:%S"), message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -10,23 +10,29 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from medscale.logs import LINE_SECONDS, log
+from medscale.logs import LINE_SECONDS, log, silenced
 from medscale.storage import write_atomic
 
 __all__ = ["Display", "RunLog", "training_display"]
 
 
 class RunLog:
-    """metrics.jsonl and TensorBoard of one run, appended to; a resumed run first drops what it will repeat."""
+    """metrics.jsonl and TensorBoard of one run, appended to; a resumed run first drops what it will repeat.
 
-    def __init__(self, run_directory: Path, resumed_step: int) -> None:
-        self.path = run_directory / "metrics.jsonl"
-        self._drop_after(resumed_step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=resumed_step + 1)
+    Of several workers the leader alone writes.
+    """
+
+    def __init__(self, run_directory: Path, resumed_step: int, *, leads: bool = True) -> None:
+        self.path, self.leads = run_directory / "metrics.jsonl", leads
+        if leads:
+            self._drop_after(resumed_step)
+            self.file = self.path.open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one record {"kind", "step", ...}; numbers also become TensorBoard curves `kind/name`."""
+        if not self.leads:
+            return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
@@ -38,6 +44,8 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close both."""
+        if not self.leads:
+            return
         self.file.close()
         self.board.close()
 
@@ -106,8 +114,8 @@ class _LiveDisplay(Display):
 
 @contextlib.contextmanager
 def training_display(total_steps: int, steps_per_epoch: int) -> Iterator[Display]:
-    """Yield a live display on a terminal, a plain one elsewhere."""
-    if not sys.stderr.isatty():
+    """Yield a live display on a terminal, a plain one elsewhere (which a silenced worker writes nowhere)."""
+    if not sys.stderr.isatty() or silenced():
         yield Display(total_steps, steps_per_epoch)
         return
     from rich.console import Console

@@ -28,6 +28,7 @@ from medscale.model.layout import Layout
 from medscale.model.prefix import PrefixScan, prefix_scan
 from medscale.model.rows import Rows, add_rows
 from medscale.seed import generator
+from medscale.workers import ALONE, Workers
 
 __all__ = ["Objective", "Terms"]
 
@@ -49,6 +50,15 @@ class Terms:
     #: what is minimised
     total: Tensor
 
+    def over(self, workers: Workers) -> "Terms":
+        """Return the terms of all workers' shares together."""
+        if workers.size == 1:
+            return self
+        parts = [t.detach() for t in (self.hard, self.mutual, self.regularizer, self.barrier, self.total)]
+        sums = workers.sum(torch.cat([part.reshape(-1) for part in parts])).split([part.numel() for part in parts])
+        hard, mutual, regularizer, barrier, total = (s.view_as(p) for s, p in zip(sums, parts, strict=True))
+        return Terms(hard, self.dims, mutual, self.mutual_dims, regularizer, barrier, total)
+
     def means(self) -> Mapping[str, float]:
         """Return one number per term, for logs."""
         mutual = self.mutual.mean().item() if len(self.mutual) else 0.0
@@ -61,11 +71,11 @@ class Terms:
 
 
 class Objective(torch.nn.Module):
-    """Everything between looked-up rows and the number to minimise."""
+    """Everything between looked-up rows and the number to minimise: this worker's share of it."""
 
-    def __init__(self, job: Job, layout: Layout, device: torch.device) -> None:
+    def __init__(self, job: Job, layout: Layout, device: torch.device, workers: Workers = ALONE) -> None:
         super().__init__()
-        self.job, self.layout, self.device = job, layout, device
+        self.job, self.layout, self.device, self.workers = job, layout, device, workers
         med = job.med
         self.scaling = ScalingParameters(
             med.w1, med.w2, med.w3, learnable=med.weights == "learnable", barrier=med.weights_barrier
@@ -96,11 +106,12 @@ class Objective(torch.nn.Module):
         constants = self._binary_constants(chosen)
         weights_n = self._loss_weights()
         weights_n = weights_n * torch.tensor([float(i in chosen) for i in range(len(weights_n))]).to(weights_n)
-        num_positives = sum(c.num_positives for c in batch.corruptions)
-        total, penalty = self.scaling.barrier(), weights_n.new_zeros(())
+        num_positives = sum(c.total_positives for c in batch.corruptions)
+        barrier = self.scaling.barrier() / self.workers.size
+        total, penalty = barrier, weights_n.new_zeros(())
         hard_n, mutual_n = torch.zeros_like(weights_n), torch.zeros_like(weights_n)
         for corruption in batch.corruptions:
-            share = corruption.num_positives / num_positives
+            share = corruption.total_positives / num_positives
             loss, *parts = self._corruption_terms(corruption, constants, rows, relations_RC, share, weights_n)
             total = total + loss
             hard_n, mutual_n, penalty = (a + share * b for a, b in zip((hard_n, mutual_n, penalty), parts, strict=True))
@@ -108,7 +119,7 @@ class Objective(torch.nn.Module):
         taught = [i for i, is_taught in enumerate(constants.taught) if is_taught]
         return Terms(
             hard_n[chosen], tuple(dims[i] for i in chosen), mutual_n[taught], tuple(dims[i] for i in taught), penalty,
-            self.scaling.barrier(), total + penalty,
+            barrier, total + penalty,
         )  # fmt: skip
 
     def _corruption_terms(
@@ -125,30 +136,36 @@ class Objective(torch.nn.Module):
         query_RC, scale_RC = query_XPC.flatten(0, 1), None if scale_XPC is None else scale_XPC.flatten(0, 1)
         w1, w2, _ = self.scaling()
 
-        # mutual learning is a mean over positives and negatives alike
-        count = len(query_RC) * (1 + c.candidates_XK.shape[1])
+        # Each positive's negatives count the same, so a worker's mean counts by its share of the positives; mutual
+        # learning is a mean over positives and negatives alike.
+        part = len(query_RC) / c.total_positives
+        count = c.total_positives * (1 + c.candidates_XK.shape[1])
+        if med.normalize == "batch":
+            part = 1.0  # their weights are a softmax over all workers' negatives already
         hard_weights_n, mutual_weights_n = (
             share * weights_n,
             torch.full_like(weights_n, share * med.mutual_weight / count),
         )
         if self.kernels is None:
-            hard_n, mutual_n = positive_losses(constants, w1, scan.pair_scores(query_RC, target_RC, scale_RC))
+            positive_nR = scan.pair_scores(query_RC, target_RC, scale_RC)
+            hard_n, mutual_n = positive_losses(constants, w1, positive_nR, self.workers)
             negative_nXPK = scan.scores(query_XPC, rows.take(c.candidates_XK), scale_XPC)
-            negative_n, negative_mutual_n = negative_losses(constants, w2, negative_nXPK, c.keep_XPK)
-            hard_n, mutual_n = hard_n + negative_n, mutual_n + negative_mutual_n
+            negative_n, negative_mutual_n = negative_losses(constants, w2, negative_nXPK, c.keep_XPK, self.workers)
+            hard_n, mutual_n = hard_n + part * negative_n, mutual_n + negative_mutual_n
             total = (hard_weights_n * hard_n).sum() + (mutual_weights_n * mutual_n).sum()
         else:
-            weights = (hard_weights_n, mutual_weights_n)
             of_positives, hard_n, mutual_n = self.kernels.positive_loss(
-                scan.levels, constants, query_RC, target_RC, scale_RC, w1, *weights
-            )
+                scan.levels, constants, query_RC, target_RC, scale_RC, w1, hard_weights_n, mutual_weights_n,
+                self.workers,
+            )  # fmt: skip
             of_negatives, negative_n, negative_mutual_n = self.kernels.corruption_loss(
-                scan.levels, constants, query_XPC, rows, c.candidates_XK, c.keep_XPK, scale_XPC, w2, *weights
-            )
+                scan.levels, constants, query_XPC, rows, c.candidates_XK, c.keep_XPK, scale_XPC, w2,
+                part * hard_weights_n, mutual_weights_n, self.workers,
+            )  # fmt: skip
             total = of_positives + of_negatives
-            hard_n, mutual_n = hard_n + negative_n, mutual_n + negative_mutual_n
+            hard_n, mutual_n = hard_n + part * negative_n, mutual_n + negative_mutual_n
         penalty = self._row_penalties(known_XPC.flatten(0, 1), relation_XPC.flatten(0, 1), target_RC)
-        return total, hard_n, mutual_n / count, penalty
+        return total, hard_n, mutual_n / count, len(query_RC) / c.total_positives * penalty
 
     def _binary_constants(self, chosen: Sequence[int]) -> BinaryConstants:
         """Return whose scores weigh whose triples, and who teaches whom, in a step that trains some sub-models."""
@@ -169,11 +186,13 @@ class Objective(torch.nn.Module):
         scan, med, targets = self._scan_of(tuple(chosen)), self.job.med, batch.targets
         taught = tuple(med.mutual != "off" and m > 0 and chosen[m] == chosen[m - 1] + 1 for m in range(len(chosen)))
         log_mT, mutual_m = self._log_probabilities(batch, scan, chosen, taught, rows, relations_RC)
-        hard = -(self._answer_weights(log_mT, chosen) * log_mT).sum(1)
-        mutual = mutual_m[list(taught)]
+        hard = -(self._answer_weights(log_mT, chosen, batch.total_targets) * log_mT).sum(1)
+        # means over a worker's queries count by their share
+        mutual = len(batch.known_Q) / batch.total_queries * mutual_m[list(taught)]
         known, relation = batch.known_Q[targets.query_T], batch.relation_Q[targets.query_T]
         penalty = self._penalty(rows.values_UC, relations_RC, known, relation, targets.candidate_T)
-        barrier = self.scaling.barrier()
+        penalty = len(known) / batch.total_targets * penalty
+        barrier = self.scaling.barrier() / self.workers.size
         total = (self._loss_weights()[chosen] * hard).sum() + med.mutual_weight * mutual.sum() + penalty + barrier
         taught_dims = tuple(dim for dim, is_taught in zip(scan.dims, taught, strict=True) if is_taught)
         return Terms(hard, scan.dims, mutual, taught_dims, penalty, barrier, total)
@@ -220,20 +239,20 @@ class Objective(torch.nn.Module):
             return torch.cat(queries), None
         return torch.cat(queries), torch.cat([scorer.scale(for_tails, "tail"), scorer.scale(for_heads, "head")])
 
-    def _answer_weights(self, log_mT: Tensor, chosen: Sequence[int]) -> Tensor:
+    def _answer_weights(self, log_mT: Tensor, chosen: Sequence[int], total_targets: int) -> Tensor:
         """Weights [m, T] of answers (equation 3, with the probability of the answer as evidence).
 
         Negatives need none: a softmax weighs each by its own probability already.
         """
         if self.job.med.evolution == "off":
-            return torch.full_like(log_mT, 1 / log_mT.shape[1]).detach()
+            return torch.full_like(log_mT, 1 / total_targets).detach()
         evidence = log_mT.detach().exp()
         if self.job.med.evolution == "previous":
             # Constant evidence is equal weights: for the smallest, and where the one below is not in this step.
             even = torch.ones_like(evidence[0])
             below = [b and chosen[b] == chosen[b - 1] + 1 for b in range(len(chosen))]
             evidence = torch.stack([evidence[b - 1] if is_there else even for b, is_there in enumerate(below)])
-        return positive_weights(evidence, self.scaling()[0], form="bounded")
+        return positive_weights(evidence, self.scaling()[0], form="bounded", workers=self.workers)
 
     # -- both ---------------------------------------------------------------------------------------------
 
@@ -250,7 +269,7 @@ class Objective(torch.nn.Module):
         is_complex = scorer.name in ("complex", "rotate")
         entities = [row_penalties(rows, self.strengths, kind, complex_units=is_complex) for rows in (known, target)]
         relations = row_penalties(relation, self.relation_strengths, kind, complex_units=scorer.name == "complex")
-        return (entities[0] + relations + entities[1]).mean()
+        return _mean(entities[0] + relations + entities[1])
 
     def _penalty(
         self, rows_UC: Tensor, relations_RC: Tensor, known: Tensor, relation: Tensor, target: Tensor
@@ -262,9 +281,9 @@ class Objective(torch.nn.Module):
         is_complex = scorer.name in ("complex", "rotate")
         entity_U = row_penalties(rows_UC, self.strengths, kind, complex_units=is_complex)
         relation_R = row_penalties(relations_RC, self.relation_strengths, kind, complex_units=scorer.name == "complex")
-        return (
+        return _mean(
             entity_U.index_select(0, known) + relation_R.index_select(0, relation) + entity_U.index_select(0, target)
-        ).mean()
+        )
 
     def _chosen(self, step: int) -> list[int]:
         """Return the sub-models of a step: all, or a seeded sample with the smallest and the largest.
@@ -285,6 +304,11 @@ class Objective(torch.nn.Module):
 
     def _make_scan(self, chosen: tuple[int, ...]) -> PrefixScan:
         return prefix_scan(self.layout.scorer, self.layout.dims, self.layout.damping, chosen, device=self.device)
+
+
+def _mean(penalties_T: Tensor) -> Tensor:
+    """Return the mean; 0 for a worker without triples."""
+    return penalties_T.sum() / max(1, len(penalties_T))
 
 
 def _gather(rows_UC: Tensor, positions: Tensor) -> Tensor:

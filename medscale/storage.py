@@ -21,6 +21,7 @@ from typing import Any
 from medscale.errors import MedscaleError, RunLockedError
 
 __all__ = [
+    "TMP",
     "commit_directory",
     "fault_point",
     "fsync_directory",
@@ -34,6 +35,7 @@ __all__ = [
     "write_json",
 ]
 
+#: what is not yet committed is named so
 TMP = ".tmp"
 TRASH = ".trash"
 

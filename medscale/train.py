@@ -5,19 +5,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from medscale.checkpoint import find_resumable
 from medscale.config import Job
-from medscale.distributed import choose_device, choose_threads, process_group
+from medscale.distributed import choose_device, process_group
 from medscale.evaluate import evaluate, print_table
 from medscale.export import export_run
 from medscale.graph.reader import Graph
-from medscale.jobfile import dump_job, load_job
+from medscale.jobfile import load_job
 from medscale.logs import log
 from medscale.options import job_parser, run_command
 from medscale.plan import plan, require_fit, size_of
 from medscale.prepare import prepare
-from medscale.storage import run_lock, write_atomic
-from medscale.trainer import Outcome, Trainer
+from medscale.storage import run_lock
+from medscale.trainer import Outcome, train_worker
 
 __all__ = ["main", "train"]
 
@@ -25,36 +24,26 @@ __all__ = ["main", "train"]
 def train(job: Job, graph: Graph, run_directory: Path, *, resume: str | None = None) -> tuple[Outcome, int | None]:
     """Train a job on a prepared graph into its run directory, going on from a checkpoint where there is one.
 
-    `resume` overrides the job's checkpoint.resume for this once. Returns why training ended, and the number of the
-    signal that asked for it, if one did.
+    One worker trains in this process, several in processes of Ray's. `resume` overrides the job's checkpoint.resume
+    for this once. Returns why training ended, and the number of the signal that asked for it, if one did.
 
     Raises:
         RunLockedError: another process writes to this run directory.
         CheckpointError: the checkpoint is damaged or of another job.
         NonFiniteError: training diverged; the last checkpoint stands.
+        WorkerError: a worker died or hung, more often than Ray replaces it.
 
     """
-    device = choose_device(job.runtime)
-    threads = choose_threads(job.runtime)
-    with run_lock(run_directory), process_group(device):
-        trainer = Trainer(job, graph, run_directory, device)
-        checkpoint = find_resumable(run_directory, resume or job.checkpoint.resume)
-        if checkpoint is None:
-            if (run_directory / "metrics.jsonl").exists():
-                log(f"{run_directory} was begun before, but holds no checkpoint: starting at step 0")
-            trainer.initialise()
-        else:
-            trainer.resume(checkpoint)
-            log(f"going on from {checkpoint.directory.name}")
-        write_atomic(run_directory / "job.yaml", dump_job(job).encode())
-        log(
-            f"training {job.name}: {graph.num_triples['train']:,} triples, {graph.num_entities:,} entities, "
-            f"{len(job.model.dims)} sub-models up to {job.model.dims[-1]} units, {trainer.total_steps:,} steps "
-            f"on {device.type}, {threads} threads"
-        )
-        outcome = trainer.fit()
-        log(f"training ended at step {trainer.progress.step:,}: {outcome.value}")
-        return outcome, trainer.signal_number
+    resume = resume or job.checkpoint.resume
+    with run_lock(run_directory):
+        if job.runtime.workers > 1:
+            # Imported here: one worker needs no Ray.
+            from medscale.launch import train_on_ray
+
+            return train_on_ray(job, graph, run_directory, resume)
+        device = choose_device(job.runtime)
+        with process_group(device) as workers:
+            return train_worker(job, graph, run_directory, device, workers, resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

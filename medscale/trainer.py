@@ -8,6 +8,7 @@ import contextlib
 import enum
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +26,9 @@ from medscale.batches.queries import QueryBatch, QueryBatches, query_table
 from medscale.checkpoint import (
     Checkpoint,
     changed_keys,
+    committed,
     committed_steps,
+    find_resumable,
     layout_facts,
     load,
     retain,
@@ -32,20 +36,22 @@ from medscale.checkpoint import (
     step_of,
 )
 from medscale.config import DISTANCES, Job
+from medscale.distributed import choose_threads, placement_of
 from medscale.errors import CheckpointError, GraphError, NonFiniteError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
-from medscale.jobfile import job_to_mapping
+from medscale.jobfile import dump_job, job_to_mapping
 from medscale.logs import log
 from medscale.metrics import RunLog, training_display
 from medscale.model.embedding import EntityTable, initial_relations
 from medscale.model.layout import Layout, layout_of
 from medscale.objective import Objective, Terms
 from medscale.optimizer import Optimizers, fused_optimizer, learning_rate_factor
-from medscale.ranking import rank_all, sample_triples
-from medscale.storage import fault_point
+from medscale.ranking import Ranks, rank_all, sample_triples
+from medscale.storage import fault_point, write_atomic
+from medscale.workers import ALONE, Workers
 
-__all__ = ["Outcome", "Progress", "Trainer", "batches_of", "initial_scale"]
+__all__ = ["Outcome", "Progress", "Trainer", "batches_of", "initial_scale", "train_worker"]
 
 
 class Outcome(enum.Enum):
@@ -72,24 +78,32 @@ class Progress:
 class Trainer:
     """One run of a job on one graph: model, batches, optimizers, progress."""
 
-    def __init__(self, job: Job, graph: Graph, run_directory: Path, device: torch.device) -> None:
+    def __init__(
+        self, job: Job, graph: Graph, run_directory: Path, device: torch.device, workers: Workers = ALONE,
+        *, stop_wanted: Callable[[], bool] | None = None,
+    ) -> None:  # fmt: skip
         self.job, self.graph, self.run_directory, self.device = job, graph, run_directory, device
+        self.workers = workers
         self.layout = layout_of(job.model, graph.num_entities, graph.num_relations)
-        self.table = EntityTable(self.layout, *fused_optimizer(job.optimizer, device), device=device)
+        placement = placement_of(self.layout, job.runtime)
+        self.table = EntityTable(
+            self.layout, *fused_optimizer(job.optimizer, device), device=device, workers=workers, placement=placement
+        )
         self.relations = torch.nn.Parameter(
             torch.empty(self.layout.num_relation_rows, self.layout.num_relation_columns, device=device)
         )
-        self.objective = Objective(job, self.layout, device)
+        self.objective = Objective(job, self.layout, device, workers)
         self.optimizers = Optimizers(
             job.optimizer, self.table, self.relations, self.objective.scaling.values, job.med.weights_lr
         )
         self.validate_every = _validate_every(job, graph)
-        self.batches = batches_of(job, graph)
+        self.batches = batches_of(job, graph, workers)
         self.total_steps = job.train.epochs * self.batches.steps_per_epoch
         self.progress = Progress()
         self._known: KnownTriples | None = None
         #: the signal that asked to stop
         self.signal_number: int | None = None
+        self._stop_wanted = stop_wanted
 
     # -- beginning ----------------------------------------------------------------------------------------
 
@@ -127,10 +141,9 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train until the epochs are done, quality no longer rises, or a signal asks to stop."""
         steps_per_epoch = self.batches.steps_per_epoch
-        run_log = RunLog(self.run_directory, self.progress.step)
         outcome = Outcome.FINISHED
         with (
-            contextlib.closing(run_log),
+            contextlib.closing(RunLog(self.run_directory, self.progress.step, leads=self.workers.leads)) as run_log,
             training_display(self.total_steps, steps_per_epoch) as display,
             self._signals(),
         ):
@@ -153,7 +166,7 @@ class Trainer:
                     clock, trained = time.monotonic(), 0.0
                 if self._save_due():
                     self.save()
-                if self.signal_number is not None:
+                if self._asked_to_stop():
                     self.save()
                     outcome = Outcome.INTERRUPTED
                     break
@@ -163,10 +176,10 @@ class Trainer:
         return outcome
 
     def train_step(self, batch: CorruptionBatch | QueryBatch) -> Terms:
-        """Do one update.
+        """Do one update; return the terms of all workers.
 
         Raises:
-            NonFiniteError: the loss or a gradient is not finite; nothing was updated.
+            NonFiniteError: the loss or a gradient is not finite, on whichever worker; nothing was updated.
 
         """
         step = self.progress.step
@@ -174,18 +187,11 @@ class Trainer:
         looked_up_UC = self.table.rows(batch.entities_U)
         # The update of the tables is fused into their backward pass, so the guard stands between the two halves.
         rows = self.objective.rows(looked_up_UC)
-        terms: Terms = self.objective(batch, rows, self.relations, step)
-        _require_finite(terms, self.layout, step + 1)
-        terms.total.backward()
-        _require_finite_gradients(
-            {
-                "entities": rows.gradient(),
-                "relations": self.relations.grad,
-                "scaling": self.objective.scaling.values.grad,
-            },
-            self.layout,
-            step + 1,
-        )
+        share: Terms = self.objective(batch, rows, self.relations, step)
+        terms = share.over(self.workers)
+        self._require_finite(share, terms)
+        share.total.backward()
+        self._require_finite_gradients(rows.gradient())
         looked_up_UC.backward(rows.gradient())
         self.optimizers.step_dense()
         self.objective.scaling.clamp()
@@ -206,17 +212,20 @@ class Trainer:
             "progress": asdict(self.progress),
             **layout_facts(self.layout, self.job.model.norm),
         }
-        save(self.run_directory, self._state(), facts)
-        retain(self.run_directory, self.job.checkpoint.keep, self.progress.best_step)
+        save(self.run_directory, self._state(), facts, self.workers)
+        if self.workers.leads:
+            retain(self.run_directory, self.job.checkpoint.keep, self.progress.best_step)
 
     def _state(self) -> dict[str, Any]:
-        """Return every tensor of the run, sharing memory."""
-        return {
+        """Return every tensor of the run that this worker knows of, sharing memory."""
+        state: dict[str, Any] = {
             "entities": self.table.weights(),
             "fused": self.table.optimizer_state(),
             "dense": {"relations": self.relations.data, "scaling": self.objective.scaling.values.data},
             "dense_optimizer": self.optimizers.dense_state(),
         }
+        # A worker that holds no block has no fused state, and DCP takes an empty mapping for a tensor that is missing.
+        return {name: tensors for name, tensors in state.items() if tensors}
 
     def _validate(self, run_log: RunLog) -> tuple[str, str]:
         """Rank the validation triples, update the progress, and return (a line, a few words) about it."""
@@ -225,10 +234,15 @@ class Trainer:
         if self._known is None:
             self._known = KnownTriples.of_graph(self.graph)
         start = time.monotonic()
+        own = self.workers.share(len(triples))
         ranks = rank_all(
-            triples, self.table.local_rows(), self.relations.data, self.layout, self._known,
+            triples[own], self.table.all_rows(), self.relations.data, self.layout, self._known,
             memory_mib=self.job.evaluate.memory_mib, kernels=self.job.runtime.kernels,
         )  # fmt: skip
+        # Put side by side before the mean is taken, so that it does not depend on the number of workers.
+        both_2nT = torch.zeros(2, len(ranks.dims), len(triples), dtype=torch.float64)
+        both_2nT[:, :, own] = torch.from_numpy(np.stack([ranks.head, ranks.tail]))
+        ranks = Ranks(ranks.dims, *self.workers.sum(both_2nT.to(self.device)).cpu().numpy())
         mrr = (1 / ranks.of("both")).mean(1)
         by_dim = {str(dim): float(value) for dim, value in zip(self.layout.dims, mrr, strict=True)}
         watched = by_dim[str(train.watch_dim)] if train.watch_dim else float(mrr.mean())
@@ -268,6 +282,43 @@ class Trainer:
                     coming = pool.submit(prepare, step + 1)
                 yield batch.to(self.device)
 
+    def _asked_to_stop(self) -> bool:
+        """Whether someone asks to stop: whichever worker heard it, all stop after the same step."""
+        wanted = self.signal_number is not None or (self._stop_wanted is not None and self._stop_wanted())
+        return bool(self.workers.where(flag=wanted))
+
+    def _require_finite(self, share: Terms, terms: Terms) -> None:
+        if not torch.isfinite(terms.total):
+            ranks = self.workers.where(flag=not bool(torch.isfinite(share.total)))
+            raise NonFiniteError(
+                f"step {self.progress.step + 1}{self._on(ranks)}: not finite: {_broken_terms(terms, self.layout)}. "
+                "Nothing was updated; lower optimizer.lr or check med.form, and run again to go on from the last "
+                "checkpoint"
+            )
+
+    def _require_finite_gradients(self, of_entities_UC: Tensor) -> None:
+        """Add up the gradients that every worker keeps, and see that none is broken anywhere."""
+        gradients = {"entities": of_entities_UC}
+        for name, parameter in (("relations", self.relations), ("scaling", self.objective.scaling.values)):
+            if parameter.requires_grad:
+                gradients[name] = parameter.grad = self.workers.sum(
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                )
+        broken = {name: _first_broken_column(gradient) for name, gradient in gradients.items()}
+        where = next((_place(self.layout, name, column) for name, column in broken.items() if column is not None), None)
+        ranks = self.workers.where(flag=where is not None)
+        if ranks:
+            raise NonFiniteError(
+                f"step {self.progress.step + 1}{self._on(ranks)}: the gradient of the {where or 'entities'} is not "
+                "finite, though the loss is. Nothing was updated; lower optimizer.lr, and run again to go on from the "
+                "last checkpoint"
+            )
+
+    def _on(self, ranks: list[int]) -> str:
+        if self.workers.size == 1:
+            return ""
+        return f", worker{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {self.workers.size}"
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.step % every == 0
 
@@ -289,7 +340,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn the first Ctrl-C or SIGTERM into a request that the loop honours after its step."""
+        """Turn the first Ctrl-C or SIGTERM into a request that the loop honours after its step.
+
+        Only a process's main thread hears signals; elsewhere (Ray's workers) `stop_wanted` takes their place.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def request(number: int, frame: FrameType | None) -> None:
             if self.signal_number is not None:
@@ -305,6 +362,59 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def train_worker(
+    job: Job, graph: Graph, run_directory: Path, device: torch.device, workers: Workers, resume: str,
+    *, local_workers: int = 1, stop_wanted: Callable[[], bool] | None = None,
+) -> tuple[Outcome, int | None]:  # fmt: skip
+    """Do one worker's part of a run, in its process group; the only worker's part is all of it.
+
+    `local_workers` share this machine's cores; `stop_wanted` is asked after each step, beside signals. Returns why
+    training ended, and the number of the signal that asked for it, if this worker got one.
+
+    Raises:
+        CheckpointError, NonFiniteError: on every worker, whichever found it.
+        WorkerError: another worker died or hangs.
+
+    """
+    threads = choose_threads(job.runtime, local_workers)
+    trainer = Trainer(job, graph, run_directory, device, workers, stop_wanted=stop_wanted)
+    checkpoint = _found_checkpoint(run_directory, resume, workers)
+    if checkpoint is None:
+        if (run_directory / "metrics.jsonl").exists():
+            log(f"{run_directory} was begun before, but holds no checkpoint: starting at step 0")
+        trainer.initialise()
+    else:
+        trainer.resume(checkpoint)
+        log(f"going on from {checkpoint.directory.name}")
+    if workers.leads:
+        write_atomic(run_directory / "job.yaml", dump_job(job).encode())
+    count = "" if workers.size == 1 else f"{workers.size} workers with "
+    log(
+        f"training {job.name}: {graph.num_triples['train']:,} triples, {graph.num_entities:,} entities, "
+        f"{len(job.model.dims)} sub-models up to {job.model.dims[-1]} units, {trainer.total_steps:,} steps "
+        f"on {device.type}, {count}{threads} threads"
+    )
+    outcome = trainer.fit()
+    log(f"training ended at step {trainer.progress.step:,}: {outcome.value}")
+    return outcome, trainer.signal_number
+
+
+def _found_checkpoint(run_directory: Path, resume: str, workers: Workers) -> Checkpoint | None:
+    """Return the checkpoint to go on from: the leader finds and verifies it, and tells the others."""
+    checkpoint, failure = None, None
+    if workers.leads:
+        try:
+            checkpoint = find_resumable(run_directory, resume)
+        except CheckpointError as cause:
+            failure = str(cause)
+    step, failure = workers.told([checkpoint and checkpoint.step, failure])
+    if failure is not None:
+        raise CheckpointError(failure)
+    if checkpoint is None and step is not None:
+        checkpoint = committed(run_directory, step)
+    return checkpoint
 
 
 def _validate_every(job: Job, graph: Graph) -> int:
@@ -326,7 +436,7 @@ def _validate_every(job: Job, graph: Graph) -> int:
     return 0
 
 
-def batches_of(job: Job, graph: Graph) -> CorruptionBatches | QueryBatches:
+def batches_of(job: Job, graph: Graph, workers: Workers = ALONE) -> CorruptionBatches | QueryBatches:
     """Return the batches that a job's loss trains on.
 
     Raises:
@@ -340,14 +450,14 @@ def batches_of(job: Job, graph: Graph) -> CorruptionBatches | QueryBatches:
         table = query_table(
             triples, graph.num_relations, reciprocal=job.model.reciprocal, max_tails=job.train.max_tails
         )
-        return QueryBatches(table, graph.num_entities, job.negatives, job.train.batch_size, job.seed)
+        return QueryBatches(table, graph.num_entities, job.negatives, job.train.batch_size, job.seed, workers)
     known = None
     if job.negatives.filter_known:
         known = KnownTriples.of_graph(graph, ["train"])
     return CorruptionBatches(
         triples=triples, num_entities=graph.num_entities, num_relations=graph.num_relations,
         section=job.negatives, batch_size=job.train.batch_size, reciprocal=job.model.reciprocal,
-        seed=job.seed, known=known,
+        seed=job.seed, known=known, workers=workers,
     )  # fmt: skip
 
 
@@ -366,9 +476,8 @@ def initial_scale(job: Job) -> float:
     return 1e-3 if job.loss.kind == "softmax" else float(largest ** (-1 / 6))
 
 
-def _require_finite(terms: Terms, layout: Layout, step: int) -> None:
-    if torch.isfinite(terms.total):
-        return
+def _broken_terms(terms: Terms, layout: Layout) -> str:
+    """Return which terms of a loss are not finite, in words."""
     broken = [
         f"hard loss of {_named(layout, d)}"
         for d, v in zip(terms.dims, terms.hard, strict=True)
@@ -381,27 +490,24 @@ def _require_finite(terms: Terms, layout: Layout, step: int) -> None:
     ]
     rest = {"regularizer": terms.regularizer, "barrier": terms.barrier}
     broken += [name for name, v in rest.items() if not torch.isfinite(v)]
-    raise NonFiniteError(
-        f"step {step}: not finite: {'; '.join(broken) or 'the sum of the terms'}. Nothing was updated; "
-        "lower optimizer.lr or check med.form, and run again to go on from the last checkpoint"
-    )
+    return "; ".join(broken) or "the sum of the terms"
 
 
-def _require_finite_gradients(gradients: Mapping[str, Tensor | None], layout: Layout, step: int) -> None:
+def _first_broken_column(gradient: Tensor) -> int | None:
+    """Return the first column of a gradient that holds a number that is not finite; None: all are."""
+    # A sum is finite only if all its terms are, and is taken several times faster than they are looked at.
+    if torch.isfinite(gradient.sum()) or torch.isfinite(gradient).all():
+        return None
+    return int((~torch.isfinite(gradient.reshape(-1, gradient.shape[-1]))).any(0).nonzero()[0])
+
+
+def _place(layout: Layout, name: str, column: int) -> str:
+    """Return a table's column in words: the sub-model whose level it belongs to."""
     units = {"entities": layout.scorer.unit_columns, "relations": layout.scorer.relation_unit_columns}
-    for name, gradient in gradients.items():
-        # A sum is finite only if all its terms are, and is taken several times faster than they are looked at.
-        if gradient is None or torch.isfinite(gradient.sum()) or torch.isfinite(gradient).all():
-            continue
-        where = name
-        if name in units:
-            column = int((~torch.isfinite(gradient)).any(0).nonzero()[0])
-            dim = next(d for d in layout.dims if column < d * units[name])
-            where = f"{name}, first in the columns of {_named(layout, dim)}"
-        raise NonFiniteError(
-            f"step {step}: the gradient of the {where}, is not finite, though the loss is. Nothing was updated; "
-            "lower optimizer.lr, and run again to go on from the last checkpoint"
-        )
+    if name not in units:
+        return name
+    dim = next(d for d in layout.dims if column < d * units[name])
+    return f"{name}, first in the columns of {_named(layout, dim)},"
 
 
 def _named(layout: Layout, dim: int) -> str:

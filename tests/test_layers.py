@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "medscale"
 #: the import table: a module may import from layers below its own, and from its own without cycles
 LAYERS = (
     ("errors", "storage", "manifest", "seed", "logs"),
-    ("config", "jobfile", "options"),
+    ("config", "jobfile", "options", "workers"),
     ("graph",),
     ("batches",),
     ("model",),
@@ -21,7 +21,7 @@ LAYERS = (
     ("distributed", "optimizer"),
     ("checkpoint", "ranking", "metrics"),
     ("trainer", "prepare", "evaluate", "split", "plan", "doctor", "report"),
-    ("train", "export", "cli"),
+    ("launch", "train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

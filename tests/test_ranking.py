@@ -171,7 +171,7 @@ def test_umls_ranks_equal_the_naive_ones_and_pykeens_metrics(umls: Graph, tmp_pa
         trainer.initialise()
         for step in range(3 * trainer.batches.steps_per_epoch):
             trainer.train_step(trainer.batches.batch(step))
-        table = trainer.table.local_rows().slice(0, umls.num_entities).double()
+        table = trainer.table.all_rows().slice(0, umls.num_entities).double()
     layout, relations = trainer.layout, trainer.relations.detach().double()
     rows, triples = TableRows([table], layout.num_columns), umls.triples("test")
     ranks = rank_all(triples, rows, relations, layout, KnownTriples.of_graph(umls))

@@ -152,7 +152,7 @@ def test_every_scorer_learns_the_ring_at_every_dim(toy_graph: Graph, tmp_path: P
         assert trainer.fit() is Outcome.FINISHED
         known = KnownTriples.of_graph(toy_graph)
         ranks = rank_all(
-            toy_graph.triples("train"), trainer.table.local_rows(), trainer.relations.data, trainer.layout, known
+            toy_graph.triples("train"), trainer.table.all_rows(), trainer.relations.data, trainer.layout, known
         )
     mrr = (1 / ranks.of("both")).mean(1)
     # a random order of the 90 entities has an MRR of about .06
@@ -177,9 +177,7 @@ def test_two_threads_repeat_a_run_bit_for_bit(toy_graph: Graph, scorer: str) -> 
                 trainer.initialise()
                 for step in range(6):
                     trainer.train_step(trainer.batches.batch(step))
-                ends.append(
-                    [*(b.clone() for b in trainer.table.local_rows().blocks), trainer.relations.detach().clone()]
-                )
+                ends.append([*(b.clone() for b in trainer.table.all_rows().blocks), trainer.relations.detach().clone()])
     finally:
         torch.set_num_threads(1)
     for other in ends[1:]:
@@ -206,10 +204,10 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_tier_and_term(toy_g
         trainer.initialise()
         # columns beyond the smallest sub-model
         trainer.relations.data[:, 8:] = torch.nan
-        before = [b.clone() for b in trainer.table.local_rows().blocks]
+        before = [b.clone() for b in trainer.table.all_rows().blocks]
         with pytest.raises(NonFiniteError, match=r"step 1: .*hard loss of sub-model 16 \(tier server\)"):
             trainer.train_step(trainer.batches.batch(0))
-        for one, other in zip(before, trainer.table.local_rows().blocks, strict=True):
+        for one, other in zip(before, trainer.table.all_rows().blocks, strict=True):
             assert torch.equal(one, other)
         assert trainer.progress.step == 0
 
@@ -271,12 +269,12 @@ def test_only_touched_rows_move_and_all_blocks_do(toy_graph: Graph, tmp_path: Pa
     with process_group(torch.device("cpu")):
         trainer = Trainer(toy_job("transe"), toy_graph, tmp_path, torch.device("cpu"))
         trainer.initialise()
-        before = [b.clone() for b in trainer.table.local_rows().blocks]
+        before = [b.clone() for b in trainer.table.all_rows().blocks]
         batch = trainer.batches.batch(0)
         trainer.train_step(batch)
         touched = torch.zeros(toy_graph.num_entities, dtype=torch.bool)
         touched[batch.entities_U] = True
-        for one, other in zip(before, trainer.table.local_rows().blocks, strict=True):
+        for one, other in zip(before, trainer.table.all_rows().blocks, strict=True):
             moved = (one != other).any(1)
             assert not (moved & ~touched).any()
             assert moved.any()

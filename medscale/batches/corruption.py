@@ -6,7 +6,8 @@ is a pure function of (seed, step): chunks belong to the job, not to a worker.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from medscale.config import NegativesSection
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.schema import Side
 from medscale.seed import generator
+from medscale.workers import ALONE, Workers
 
 __all__ = ["Corruption", "CorruptionBatch", "CorruptionBatches"]
 
@@ -43,6 +45,8 @@ class Corruption:
     candidates_XK: Tensor
     #: bool[X, P, K]: False where a candidate is no negative: the target itself, or a known triple if filtered
     keep_XPK: Tensor
+    #: positives of all workers; X chunks are this worker's
+    total_positives: int
 
     @property
     def num_positives(self) -> int:
@@ -57,16 +61,20 @@ class CorruptionBatch:
     #: int64[U], sorted: looked up once
     entities_U: Tensor
     corruptions: tuple[Corruption, ...]
-    #: training triples in this batch
+    #: training triples in this batch, of all workers
     num_triples: int
 
     def to(self, device: torch.device) -> "CorruptionBatch":
         """Return the batch on a device."""
-        corruptions = tuple(
-            Corruption(c.side, *(t.to(device, non_blocking=True) for t in list(vars(c).values())[1:]))
-            for c in self.corruptions
-        )
-        return CorruptionBatch(self.entities_U.to(device), corruptions, self.num_triples)
+        corruptions = []
+        for c in self.corruptions:
+            moved: dict[str, Any] = {
+                name: value.to(device, non_blocking=True)
+                for name, value in vars(c).items()
+                if isinstance(value, Tensor)
+            }
+            corruptions.append(replace(c, **moved))
+        return CorruptionBatch(self.entities_U.to(device), tuple(corruptions), self.num_triples)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ class CorruptionBatches:
     seed: int
     #: training triples, where the job filters them out of the negatives
     known: KnownTriples | None
+    #: each gets a share of every corruption's chunks, which do not depend on how many workers there are
+    workers: Workers = ALONE
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,7 +106,8 @@ class CorruptionBatches:
         order = EpochOrder(len(self.triples), self.seed)
         triples = self.triples[order.indices(epoch, start, min(start + self.batch_size, len(self.triples)))]
         draws = generator(self.seed, "negatives", step)
-        return _compact([self._corruption(*part, draws) for part in self._parts(triples, step)], len(triples))
+        parts = [self._corruption(*part, draws) for part in self._parts(triples, step)]
+        return _compact(parts, self.workers, len(triples))
 
     def _parts(self, triples: Ids, step: int) -> Iterator[tuple[Side, Ids, int]]:
         """Yield (side to replace, triples [X, P, 3], candidates per chunk)."""
@@ -149,14 +160,19 @@ class CorruptionBatches:
 _ENTITY_FIELDS = ("known_XP", "target_XP", "candidates_XK")
 
 
-def _compact(parts: list[tuple[Side, dict[str, Ids]]], num_triples: int) -> CorruptionBatch:
-    """Replace entity ids by positions among the distinct ones."""
+def _compact(parts: list[tuple[Side, dict[str, Ids]]], workers: Workers, num_triples: int) -> CorruptionBatch:
+    """Keep a worker's share, and replace entity ids by positions among its distinct ones."""
+    totals = [fields["known_XP"].size for _, fields in parts]
+    parts = [
+        (side, {name: ids[workers.share(len(fields["known_XP"]))] for name, ids in fields.items()})
+        for side, fields in parts
+    ]
     flat = [fields[name].reshape(-1) for _, fields in parts for name in _ENTITY_FIELDS]
     entities, inverse = np.unique(np.concatenate(flat), return_inverse=True)
     pieces = iter(np.split(inverse.astype(np.int64), np.cumsum([len(piece) for piece in flat])[:-1]))
     corruptions = []
-    for side, fields in parts:
+    for (side, fields), total in zip(parts, totals, strict=True):
         positions = {name: next(pieces).reshape(fields[name].shape) for name in _ENTITY_FIELDS}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in (fields | positions).items()}
-        corruptions.append(Corruption(side=side, **tensors))
+        corruptions.append(Corruption(side=side, total_positives=total, **tensors))
     return CorruptionBatch(torch.from_numpy(entities), tuple(corruptions), num_triples)

@@ -16,6 +16,7 @@ from torch import Tensor
 from medscale.batches.order import EpochOrder
 from medscale.config import NegativesSection
 from medscale.seed import generator
+from medscale.workers import ALONE, Workers
 
 __all__ = ["QueryBatch", "QueryBatches", "QueryTable", "Targets", "query_table"]
 
@@ -85,15 +86,21 @@ class QueryBatch:
     targets: Targets
     #: float32[M]: log of how many entities a candidate stands for; None: all are there
     bias_M: Tensor | None
-    #: half the answers: each triple is asked for from both sides in an epoch
-    num_triples: float
+    #: queries and answers of all workers; the candidates are those of all
+    total_queries: int
+    total_targets: int
+
+    @property
+    def num_triples(self) -> float:
+        """Half the answers of all workers: each triple is asked for from both sides in an epoch."""
+        return self.total_targets / 2
 
     def to(self, device: torch.device) -> "QueryBatch":
         """Return the batch on a device."""
         return QueryBatch(
             self.entities_U.to(device), self.known_Q.to(device), self.relation_Q.to(device), self.num_tail_queries,
             Targets(self.targets.query_T.to(device), self.targets.candidate_T.to(device)),
-            None if self.bias_M is None else self.bias_M.to(device), self.num_triples,
+            None if self.bias_M is None else self.bias_M.to(device), self.total_queries, self.total_targets,
         )  # fmt: skip
 
 
@@ -106,6 +113,8 @@ class QueryBatches:
     section: NegativesSection
     batch_size: int
     seed: int
+    #: each gets a share of every batch's queries, and all its candidates
+    workers: Workers = ALONE
 
     @property
     def steps_per_epoch(self) -> int:
@@ -120,10 +129,11 @@ class QueryBatches:
         order = EpochOrder(num_queries, self.seed)
         chosen = order.indices(epoch, start, min(start + self.batch_size, num_queries))
         chosen = chosen[np.argsort(self.table.asks_head_G[chosen], kind="stable")]
-        counts = self.table.offsets_G[chosen + 1] - self.table.offsets_G[chosen]
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        answers = self.table.answers[np.repeat(self.table.offsets_G[chosen], counts) + within]
+        total_queries, (counts, answers) = len(chosen), self._answers(chosen)
         candidates, bias = self._candidates(self.table.known_G[chosen], answers, step)
+        total_targets = len(answers)
+        chosen = chosen[self.workers.share(total_queries)]
+        counts, answers = self._answers(chosen)
         position_of = np.argsort(candidates, kind="stable")
         lookup = candidates[position_of]
 
@@ -137,8 +147,15 @@ class QueryBatches:
             num_tail_queries=int((~self.table.asks_head_G[chosen]).sum()),
             targets=Targets(torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)), positions(answers)),
             bias_M=bias,
-            num_triples=len(answers) / 2,
+            total_queries=total_queries,
+            total_targets=total_targets,
         )
+
+    def _answers(self, queries: Ids) -> tuple[Ids, Ids]:
+        """Return (number of answers of each query, all of them)."""
+        counts = self.table.offsets_G[queries + 1] - self.table.offsets_G[queries]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return counts, self.table.answers[np.repeat(self.table.offsets_G[queries], counts) + within]
 
     def _candidates(self, known: Ids, answers: Ids, step: int) -> tuple[Ids, Tensor | None]:
         if self.section.kind == "all":

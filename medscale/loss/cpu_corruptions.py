@@ -11,6 +11,7 @@ from torch import Tensor
 from medscale.loss.negatives import BinaryConstants, CorruptionTerms
 from medscale.model.kernels.levels import Levels
 from medscale.model.kernels.library import LANES, arguments, function, geometry_number, run_parts
+from medscale.workers import ALONE, Workers
 
 __all__ = ["corruption_terms"]
 
@@ -23,11 +24,12 @@ _LINE = 16
 def corruption_terms(
     levels: Levels, constants: BinaryConstants, w2: float, query_XPC: Tensor, rows_UC: Tensor,
     candidates_XK: Tensor, keep_XPK: Tensor, scale_XPC: Tensor | None, hard_weights_n: Tensor,
-    mutual_weights_n: Tensor, row_gradients_UC: Tensor,
+    mutual_weights_n: Tensor, row_gradients_UC: Tensor, workers: Workers = ALONE,
 ) -> CorruptionTerms:  # fmt: skip
     """Return the losses of all candidates as negatives, and the gradients of their weighted sum.
 
-    The candidates' own gradients are added to `row_gradients_UC`. Plain twin: `PrefixScan.scores`, then
+    The candidates' own gradients are added to `row_gradients_UC`. Weights over the batch are over that of all workers;
+    those for each positive know of its own negatives alone. Plain twin: `PrefixScan.scores`, then
     `negatives.negative_losses`, then autograd.
     """
     num_chunks, num_queries, _ = query_XPC.shape
@@ -63,13 +65,15 @@ def corruption_terms(
     struct = arguments(*fields)
     corrupt, add_chunks = function("corrupt", dtype), function("add_chunks", dtype)
     starts = range(0, num_chunks, together) if num_candidates and num_queries else range(0)
-    if constants.over_batch and starts:
+    if constants.over_batch:
         for start in starts:
             run_parts(corrupt, min(together, num_chunks - start), struct, start, True)
         tops_XPn, parts_XPn = sums_4XPn[0].clone(), sums_4XPn[1].clone()
         tops_XPn[parts_XPn == 0] = -torch.inf  # queries that keep no candidate
-        largest_n.copy_(tops_XPn.amax((0, 1)).nan_to_num(neginf=0.0))
-        total_n.copy_((parts_XPn * (tops_XPn - largest_n).exp()).sum((0, 1)))
+        lowest_1n = tops_XPn.new_full((1, num_sub_models), -torch.inf)
+        tops_n = workers.largest(torch.cat([tops_XPn.flatten(0, 1), lowest_1n]).amax(0))
+        largest_n.copy_(tops_n.nan_to_num(neginf=0.0))
+        total_n.copy_(workers.sum((parts_XPn * (tops_XPn - largest_n).exp()).sum((0, 1))))
         sums_4XPn.zero_()
     for start in starts:
         count = min(together, num_chunks - start)
@@ -77,7 +81,7 @@ def corruption_terms(
         run_parts(add_chunks, num_columns, struct, start, count, multiple=_LINE)
     hard_n, evidence_n, product_n, mutual_n = sums_4XPn.sum((1, 2))
     if constants.over_batch:
-        slopes_n = product_n - evidence_n * hard_n
+        slopes_n = product_n - evidence_n * (workers.sum(hard_n.clone()) if constants.weights_learn else hard_n)
     else:
         slopes_n = product_n - (sums_4XPn[1] * sums_4XPn[0]).sum((0, 1)) * (num_chunks * num_queries)
     return CorruptionTerms(hard_n, mutual_n, (slopes_n * hard_weights_n).sum(), query_gradient_XPC, scale_gradient_XPC)

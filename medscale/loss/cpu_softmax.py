@@ -111,7 +111,7 @@ def _forward(
     log_mT = scores_mQM[:, targets.query_T, targets.candidate_T] - partition_mQ[:, targets.query_T]
     if bias_M is not None:
         log_mT += bias_M[targets.candidate_T]
-    return log_mT, divergence_mQ.mean(1)
+    return log_mT, divergence_mQ.sum(1) / max(1, divergence_mQ.shape[1])
 
 
 def _backward(ctx: Any, carry: tuple[float, ...], log_gradient_mT: Tensor, mutual_gradient_m: Tensor) -> Tensor:

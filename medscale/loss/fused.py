@@ -11,6 +11,7 @@ from medscale.loss.positives import positive_terms
 from medscale.model.kernels.levels import Levels
 from medscale.model.kernels.library import library
 from medscale.model.rows import Rows
+from medscale.workers import Workers
 
 __all__ = ["Kernels"]
 
@@ -33,25 +34,26 @@ class Kernels:
 
     def positive_loss(
         self, levels: Levels, constants: BinaryConstants, query_RC: Tensor, target_RC: Tensor, scale_RC: Tensor | None,
-        w1: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
+        w1: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor, workers: Workers,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return (sum_i hard_weights_i hard_i + mutual_weights_i mutual_i, hard [n], mutual [n]), as below."""
         return cast(
             tuple[Tensor, Tensor, Tensor],
             _PositiveLoss.apply(  # type: ignore[no-untyped-call]
-                self, (levels, constants), query_RC, target_RC, scale_RC, w1, hard_weights_n, mutual_weights_n
+                self, (levels, constants, workers), query_RC, target_RC, scale_RC, w1, hard_weights_n, mutual_weights_n
             ),
         )
 
     def corruption_loss(
         self, levels: Levels, constants: BinaryConstants, query_XPC: Tensor, rows: Rows, candidates_XK: Tensor,
         keep_XPK: Tensor, scale_XPC: Tensor | None, w2: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
+        workers: Workers,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return (sum_i hard_weights_i hard_i + mutual_weights_i mutual_i, hard [n], mutual [n]).
 
         The first is for backward(), and as it is: its derivatives were taken with the loss. The others are numbers.
         """
-        arguments = (levels, constants, rows, candidates_XK, keep_XPK)
+        arguments = (levels, constants, rows, candidates_XK, keep_XPK, workers)
         return cast(
             tuple[Tensor, Tensor, Tensor],
             _CorruptionLoss.apply(  # type: ignore[no-untyped-call]
@@ -66,9 +68,9 @@ class _PositiveLoss(torch.autograd.Function):
         ctx: Any, kernels: Kernels, arguments: Any, query_RC: Tensor, target_RC: Tensor, scale_RC: Tensor | None,
         w1: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        levels, constants = arguments
+        levels, constants, workers = arguments
         scores_nR: Tensor = kernels.pairs.pair_scores(levels, query_RC, target_RC, scale_RC)
-        terms = positive_terms(constants, w1, scores_nR, hard_weights_n, mutual_weights_n)
+        terms = positive_terms(constants, w1, scores_nR, hard_weights_n, mutual_weights_n, workers)
         ctx.kernels, ctx.levels, ctx.terms = kernels, levels, terms
         ctx.save_for_backward(scores_nR, query_RC, target_RC, scale_RC)
         ctx.mark_non_differentiable(terms.hard_n, terms.mutual_n)
@@ -89,10 +91,10 @@ class _CorruptionLoss(torch.autograd.Function):
         ctx: Any, kernels: Kernels, arguments: Any, values_UC: Tensor, query_XPC: Tensor, scale_XPC: Tensor | None,
         w2: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        levels, constants, rows, candidates_XK, keep_XPK = arguments
+        levels, constants, rows, candidates_XK, keep_XPK, workers = arguments
         terms: CorruptionTerms = kernels.corruptions.corruption_terms(
             levels, constants, w2.item(), query_XPC, values_UC, candidates_XK, keep_XPK, scale_XPC, hard_weights_n,
-            mutual_weights_n, rows.gathered_UC,
+            mutual_weights_n, rows.gathered_UC, workers,
         )  # fmt: skip
         ctx.terms = terms
         ctx.mark_non_differentiable(terms.hard_n, terms.mutual_n)

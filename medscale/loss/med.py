@@ -4,9 +4,13 @@ All functions take scores or logits sub-model first, smallest sub-model first. T
 open, and its letter is fragile; what is done instead, and why, stands with each function.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from medscale.workers import ALONE, Workers
 
 __all__ = [
     "ScalingParameters",
@@ -50,8 +54,8 @@ class ScalingParameters(torch.nn.Module):
             self.values.clamp_(min=self.FLOOR)
 
 
-def positive_weights(evidence_nB: Tensor, w1: Tensor, *, form: str) -> Tensor:
-    """Weights [n, B] of positives, summing to 1 over the batch for each sub-model (equation 3).
+def positive_weights(evidence_nB: Tensor, w1: Tensor, *, form: str, workers: Workers = ALONE) -> Tensor:
+    """Weights [n, B] of positives, summing to 1 over the batch of all workers for each sub-model (equation 3).
 
     `evidence_nB` is what the weight of sub-model i's positives depends on. Form `paper`: raw scores s of a
     distance, always below 0, weight exp(w1 / s). Form `bounded`: probabilities of truth p in [0, 1], weight
@@ -60,33 +64,36 @@ def positive_weights(evidence_nB: Tensor, w1: Tensor, *, form: str) -> Tensor:
     """
     evidence_nB = evidence_nB.detach()
     exponent = w1 / evidence_nB.clamp(max=-1e-6) if form == "paper" else w1 * (1 - evidence_nB)
-    return torch.softmax(exponent, -1)
+    return _softmax(exponent, workers)
 
 
-def negative_weights(evidence_nXPK: Tensor, w2: Tensor, keep_XPK: Tensor | None, *, over: str) -> Tensor:
+def negative_weights(
+    evidence_nXPK: Tensor, w2: Tensor, keep_XPK: Tensor | None, *, over: str, workers: Workers = ALONE
+) -> Tensor:
     """Weights [n, X, P, K] of negatives, softmax of w2 x evidence (equation 4), summing to 1 per sub-model.
 
     Over "positive": within each positive's K negatives, every positive counting the same (as self-adversarial
-    sampling does). Over "batch": one softmax over all negatives, the letter of the paper.
+    sampling does). Over "batch": one softmax over all negatives of all workers, the letter of the paper.
     Candidates that `keep_XPK` marks False weigh 0.
     """
     exponent_nXPK = w2 * evidence_nXPK.detach()
     if keep_XPK is not None:
         exponent_nXPK = exponent_nXPK.masked_fill(~keep_XPK, _FAR)
     if over == "batch":
-        weights = torch.softmax(exponent_nXPK.flatten(1), -1).view_as(exponent_nXPK)
+        weights = _softmax(exponent_nXPK.flatten(1), workers).view_as(exponent_nXPK)
     else:
-        weights = torch.softmax(exponent_nXPK, -1) / (exponent_nXPK.shape[1] * exponent_nXPK.shape[2])
+        weights = torch.softmax(exponent_nXPK, -1) / max(1, exponent_nXPK.shape[1] * exponent_nXPK.shape[2])
     return weights if keep_XPK is None else weights * keep_XPK
 
 
 def mutual_huber(smaller_pT: Tensor, larger_pT: Tensor) -> Tensor:
-    """Mutual learning between p pairs of neighbours [p]: Huber (delta 1), mean over T triples (equation 2).
+    """Mutual learning between p pairs of neighbours [p]: Huber (delta 1), summed over T triples (equation 2).
 
-    The paper sums over triples; a mean keeps this term comparable with the others, whose weights sum to 1. Gradient
-    flows into whatever is not detached: both ways, or, with a detached `larger_pT`, the larger teaches the smaller.
+    The paper stops at the sum; `Objective` makes it a mean over all triples of a step, which stays comparable with the
+    other terms, whose weights sum to 1. Gradient flows into whatever is not detached: both ways, or, with a detached
+    `larger_pT`, the larger teaches the smaller.
     """
-    return F.huber_loss(smaller_pT, larger_pT, reduction="none", delta=1.0).mean(1)
+    return F.huber_loss(smaller_pT, larger_pT, reduction="none", delta=1.0).sum(1)
 
 
 def mutual_divergence(log_small_QM: Tensor, log_large_QM: Tensor, *, both: bool) -> Tensor:
@@ -103,5 +110,28 @@ def dynamic_weights(dims: Tensor, w3: Tensor) -> Tensor:
     return torch.exp(w3 * dims / dims[-1])
 
 
+def _softmax(exponent_nB: Tensor, workers: Workers) -> Tensor:
+    """Softmax over the batches of all workers, differentiable."""
+    if workers.size == 1:
+        return torch.softmax(exponent_nB, -1)
+    lowest_n1 = exponent_nB.new_full((len(exponent_nB), 1), -torch.inf)
+    top_n = workers.largest(torch.cat([exponent_nB.detach(), lowest_n1], 1).amax(1))
+    parts_nB = (exponent_nB - top_n.unsqueeze(1)).exp()
+    return parts_nB / cast(Tensor, _SumOver.apply(parts_nB.sum(1), workers)).unsqueeze(1)  # type: ignore[no-untyped-call]
+
+
+class _SumOver(torch.autograd.Function):
+    """The sum over workers. Each one's number counts in every other one's loss, so its gradient is a sum as well."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, workers: Workers) -> Tensor:
+        ctx.workers = workers
+        return workers.sum(numbers.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return ctx.workers.sum(gradients[0].clone()), None
+
+
 def _divergence(teacher_QM: Tensor, student_QM: Tensor) -> Tensor:
-    return F.kl_div(student_QM, teacher_QM, reduction="batchmean", log_target=True)
+    return F.kl_div(student_QM, teacher_QM, reduction="sum", log_target=True) / max(1, len(student_QM))

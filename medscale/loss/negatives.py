@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medscale.loss.bce import Logits
 from medscale.loss.med import mutual_huber, negative_weights
+from medscale.workers import ALONE, Workers
 
 __all__ = [
     "BinaryConstants",
@@ -72,7 +73,7 @@ class CorruptionTerms:
 
 
 def negative_losses(
-    constants: BinaryConstants, w2: Tensor, scores_nXPK: Tensor, keep_XPK: Tensor
+    constants: BinaryConstants, w2: Tensor, scores_nXPK: Tensor, keep_XPK: Tensor, workers: Workers = ALONE
 ) -> tuple[Tensor, Tensor]:
     """Return (hard [n], mutual [n]) of scored negatives: the plain form, for autograd.
 
@@ -83,7 +84,7 @@ def negative_losses(
     values = scores_nXPK if constants.raw else logits
     evidence = torch.stack([torch.zeros_like(values[0]) if i < 0 else values[i] for i in constants.evidence])
     over = "batch" if constants.over_batch else "positive"
-    weights = negative_weights(evidence, w2, keep_XPK, over=over)
+    weights = negative_weights(evidence, w2, keep_XPK, over=over, workers=workers)
     hard_n = (weights * F.softplus(logits)).flatten(1).sum(1)
     return hard_n, mutual_sums(constants, logits.flatten(1))
 
@@ -91,7 +92,7 @@ def negative_losses(
 def mutual_sums(constants: BinaryConstants, logits_nT: Tensor) -> Tensor:
     """Return, per sub-model [n], the sum over T triples of Huber losses between it and the one below, where taught."""
     larger_nT = logits_nT[1:] if constants.both else logits_nT[1:].detach()
-    losses = mutual_huber(logits_nT[:-1], larger_nT) * logits_nT.shape[1]
+    losses = mutual_huber(logits_nT[:-1], larger_nT)
     taught = torch.tensor(constants.taught[1:], device=losses.device)
     return torch.cat([losses.new_zeros(1), losses * taught])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from medscale.loss.med import positive_weights
 from medscale.loss.negatives import BinaryConstants, mutual_sums
+from medscale.workers import ALONE, Workers
 
 __all__ = ["PositiveTerms", "positive_losses", "positive_terms"]
 
@@ -30,16 +31,20 @@ class PositiveTerms:
     gradient_nR: Tensor
 
 
-def positive_losses(constants: BinaryConstants, w1: Tensor, scores_nR: Tensor) -> tuple[Tensor, Tensor]:
+def positive_losses(
+    constants: BinaryConstants, w1: Tensor, scores_nR: Tensor, workers: Workers = ALONE
+) -> tuple[Tensor, Tensor]:
     """Return (hard [n], mutual [n]) of scored positives: the plain form, for autograd."""
     logits_nR = constants.logits(scores_nR)
-    weights_nR = positive_weights(_evidence(constants, scores_nR, logits_nR), w1, form=_form(constants))
+    evidence_nR = _evidence(constants, scores_nR, logits_nR)
+    weights_nR = positive_weights(evidence_nR, w1, form=_form(constants), workers=workers)
     return -(weights_nR * F.logsigmoid(logits_nR)).sum(1), mutual_sums(constants, logits_nR)
 
 
 def positive_terms(
-    constants: BinaryConstants, w1: Tensor, scores_nR: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor
-) -> PositiveTerms:
+    constants: BinaryConstants, w1: Tensor, scores_nR: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
+    workers: Workers = ALONE,
+) -> PositiveTerms:  # fmt: skip
     """Return the losses of scored positives, and d/ds of sum_i hard_weights_i hard_i + mutual_weights_i mutual_i.
 
     Plain twin: `positive_losses`, then autograd.
@@ -47,13 +52,13 @@ def positive_terms(
     with torch.no_grad():
         logits_nR, temperatures_n1 = constants.logits(scores_nR), constants.logits.temperatures.unsqueeze(1)
         evidence_nR = _evidence(constants, scores_nR, logits_nR)
-        weights_nR = positive_weights(evidence_nR, w1, form=_form(constants))
+        weights_nR = positive_weights(evidence_nR, w1, form=_form(constants), workers=workers)
         losses_nR = F.softplus(-logits_nR)
         hard_n = (weights_nR * losses_nR).sum(1)
         w1_slope = hard_n.new_zeros(())
         if constants.weights_learn:
             slopes_nR = 1 / evidence_nR.clamp(max=-1e-6) if constants.raw else 1 - evidence_nR
-            slopes_nR = slopes_nR - (weights_nR * slopes_nR).sum(1, keepdim=True)
+            slopes_nR = slopes_nR - workers.sum((weights_nR * slopes_nR).sum(1, keepdim=True))
             w1_slope = (hard_weights_n.unsqueeze(1) * weights_nR * slopes_nR * losses_nR).sum()
         gradient_nR = weights_nR.mul_(torch.sigmoid(-logits_nR)).mul_(-hard_weights_n.unsqueeze(1))
         taught_n = torch.tensor(constants.taught, dtype=scores_nR.dtype, device=scores_nR.device)

@@ -16,13 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from medscale.loss.negatives import BinaryConstants, NegativeTerms
+from medscale.workers import ALONE, Workers
 
 __all__ = ["negative_terms"]
 
 
 def negative_terms(
     constants: BinaryConstants, w2: float, scores_nXPK: Tensor, keep_XPK: Tensor, hard_weights_n: Tensor,
-    mutual_weights_n: Tensor,
+    mutual_weights_n: Tensor, workers: Workers = ALONE,
 ) -> NegativeTerms:  # fmt: skip
     """Return the losses of scored negatives, and the gradient of their weighted sum by the scores and by w2.
 
@@ -48,24 +49,33 @@ def negative_terms(
         if constants.over_batch:
             softmax_2nR = torch.empty_like(sums_5nR[:2])
             _softmax_parts[grid](*inputs, softmax_2nR, n, X * P, K, **blocks)
-            top_n = softmax_2nR[0].amax(1)
-            total_n = (softmax_2nR[1] * (softmax_2nR[0] - top_n[:, None]).exp()).sum(1)
-            softmax_2n = torch.stack([top_n, total_n])
+            softmax_2n = _over_workers(softmax_2nR, workers)
         hard_n, mutual_n = (share * hard_weights_n).to(dtype), (mutual_weights_n * taught_n).to(dtype)
         _negative_terms[grid](
             *inputs, softmax_2n, hard_n, mutual_n, gradient_nXPK, sums_5nR, n, X * P, K, BOTH=constants.both, **blocks
         )
+    elif constants.over_batch:
+        _over_workers(sums_5nR[:2], workers)
     hard_n = hard_nR.sum(1)
     if constants.over_batch:
         # within positives, and between their means
         mean_nR = hard_nR / weight_nR.where(weight_nR > 0, 1.0)
-        slope_nR = slope_nR + evidence_nR * (mean_nR - hard_n[:, None])
+        all_n = workers.sum(hard_n.clone()) if constants.weights_learn else hard_n
+        slope_nR = slope_nR + evidence_nR * (mean_nR - all_n[:, None])
     return NegativeTerms(
         hard_n=share * hard_n,
         mutual_n=mutual_nR.sum(1).where(taught_n, 0.0),
         w2_slope=share * (hard_weights_n * slope_nR.sum(1)).sum(),
         gradient_nXPK=gradient_nXPK,
     )
+
+
+def _over_workers(softmax_2nR: Tensor, workers: Workers) -> Tensor:
+    """Return each sub-model's (top, sum of exponentials) [2, n] over all workers' positives."""
+    tops_nR, sums_nR = softmax_2nR
+    lowest_n1 = tops_nR.new_full((len(tops_nR), 1), -torch.inf)
+    top_n = workers.largest(torch.cat([tops_nR, lowest_n1], 1).amax(1))
+    return torch.stack([top_n, workers.sum((sums_nR * (tops_nR - top_n[:, None]).exp()).sum(1))])
 
 
 @functools.lru_cache(maxsize=64)

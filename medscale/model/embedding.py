@@ -2,11 +2,15 @@
 
 One collection holds blocks of different widths under one feature, with bags of one id: the pooled kernel is
 the faster one and the only one that takes mixed widths. The optimizer of the blocks is fused into their
-backward pass (FBGEMM). World size 1 runs through DistributedModelParallel like any other.
+backward pass (FBGEMM). World size 1 runs through DistributedModelParallel like any other. Whole blocks lie on
+workers, or their rows are spread. TorchRec could also spread a block's columns: then row-wise Adagrad's state would be
+one per row and worker, so results and checkpoints would depend on the number of workers; blocks are cut by the job
+instead.
 """
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,20 +20,27 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.distributed.comm_ops import set_gradient_division
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import BoundsCheckMode, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from medscale.errors import UnsupportedError
 from medscale.model.layout import Block, Layout
 from medscale.seed import generator
+from medscale.workers import ALONE, Workers
 
-__all__ = ["EntityTable", "TableRows", "initial_relations"]
+__all__ = ["EntityTable", "Placement", "TableRows", "initial_relations"]
+
+#: by block: the worker that holds it, or None: its rows are spread over all
+Placement = dict[str, int | None]
 
 # TorchRec's sharded modules ask torch.fx whether they are being traced, which warns at every first look-up.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+# It calls torch.distributed by names that torch 2.13 will retire.
+warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 _FEATURE = "entity"
 #: rows drawn at once while a table is initialised; part of what a seed means
@@ -46,13 +57,17 @@ class EntityTable(nn.Module):
         optimizer_arguments: dict[str, Any],
         *,
         device: torch.device,
+        workers: Workers = ALONE,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         if os.environ.get("FBGEMM_TBE_BOUNDS_CHECK_MODE"):
             raise UnsupportedError(
                 "FBGEMM_TBE_BOUNDS_CHECK_MODE is set and would let ids out of range read row 0; unset it"
             )
-        self.layout = layout
+        self.layout, self.workers = layout, workers
+        # Each worker's loss is its share of the job's, so gradients add up; TorchRec would take their mean.
+        set_gradient_division(False)
         collection = EmbeddingBagCollection(
             tables=[
                 EmbeddingBagConfig(
@@ -67,10 +82,17 @@ class EntityTable(nn.Module):
         )
         apply_optimizer_in_backward(optimizer, collection.parameters(), optimizer_arguments)
         sharder = EmbeddingBagCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+        ranks = placement or dict.fromkeys((block.name for block in layout.blocks), 0)
+        # Rows spread over workers come back by calls that want as many from each.
+        self.equal_batches = workers.size > 1 and None in ranks.values()
         # A plan without compute_kernel="fused" falls to a kernel that never updates.
-        placement = {block.name: table_wise(rank=0, compute_kernel="fused") for block in layout.blocks}
+        shardings = {
+            name: row_wise(compute_kernel="fused") if rank is None else table_wise(rank, compute_kernel="fused")
+            for name, rank in ranks.items()
+        }
+        local_size = workers.size if device.type == "cpu" else min(workers.size, torch.cuda.device_count())
         plan = construct_module_sharding_plan(
-            collection, placement, sharder, local_size=1, world_size=1, device_type=device.type
+            collection, shardings, sharder, local_size=local_size, world_size=workers.size, device_type=device.type
         )
         self.sharded = DistributedModelParallel(
             collection,
@@ -82,10 +104,22 @@ class EntityTable(nn.Module):
         self._require_fused_state()
 
     def rows(self, entities_U: Tensor) -> Tensor:
-        """Look up rows [U, C] of distinct ids [U]; the gradient that flows back is applied at once."""
-        lengths_U = torch.ones_like(entities_U)
-        pooled = self.sharded(KeyedJaggedTensor(keys=[_FEATURE], values=entities_U, lengths=lengths_U))
-        return cast(Tensor, pooled.values())[:, : self.layout.num_columns]
+        """Look up rows [U, C] of distinct ids [U]; the gradient that flows back is applied at once.
+
+        Collective: every worker asks for its own rows, maybe for none.
+        """
+        lengths_B = torch.ones_like(entities_U)
+        if self.equal_batches:
+            longest = int(self.workers.largest(torch.tensor(len(entities_U), device=entities_U.device)))
+            lengths_B = nn.functional.pad(lengths_B, (0, longest - len(entities_U)))
+        pooled = self.sharded(KeyedJaggedTensor(keys=[_FEATURE], values=entities_U, lengths=lengths_B))
+        names = [f"{_FEATURE}@{block.name}" for block in self.layout.blocks]
+        # Columns come worker by worker; where that is not their order they are put side by side anew.
+        if len(names) == 1 or pooled.keys() == names:
+            rows_BC = cast(Tensor, pooled.values())
+        else:
+            rows_BC = torch.cat([pooled[name] for name in names], 1)
+        return rows_BC[: len(entities_U), : self.layout.num_columns]
 
     def set_learning_rate(self, rate: float) -> None:
         """Give the fused optimizer its learning rate for the next backward pass."""
@@ -99,12 +133,14 @@ class EntityTable(nn.Module):
 
     def initialise(self, seed: int, scale: float) -> None:
         """Draw the initial columns: uniform in +-scale for distances, normal with that deviation for products."""
-        for block, weight in self._local_weights():
-            for start in range(0, self.layout.num_entities, _INIT_ROWS):
+        for block, first, weight in self._local_weights():
+            last = first + len(weight)
+            for start in range(first - first % _INIT_ROWS, last, _INIT_ROWS):
                 stop = min(start + _INIT_ROWS, self.layout.num_entities)
                 draws = generator(seed, "entities", block.name, start)
-                shape = (stop - start, block.width)
-                weight[start:stop] = _draw(draws, shape, scale, uniform=self.layout.scorer.is_distance)
+                drawn = _draw(draws, (stop - start, block.width), scale, uniform=self.layout.scorer.is_distance)
+                a, b = max(start, first), min(stop, last)
+                weight[a - first : b - first] = drawn[a - start : b - start]
 
     def weights(self) -> dict[str, ShardedTensor]:
         """Return each block's sharded weight by name, sharing memory with the table."""
@@ -115,18 +151,30 @@ class EntityTable(nn.Module):
         states = self.sharded.fused_optimizer.state_dict()["state"]
         return {key: value for block in states.values() for key, value in block.items()}
 
-    def local_rows(self) -> "TableRows":
-        """Return this process's view of the whole table, for ranking; needs every block to be here."""
-        return TableRows([weight for _, weight in self._local_weights()], self.layout.num_columns)
+    def all_rows(self) -> "TableRows":
+        """Return the whole table, for ranking: a worker alone shares memory with it, several gather a copy each."""
+        if self.workers.size == 1:
+            return TableRows([weight for _, _, weight in self._local_weights()], self.layout.num_columns)
+        local = {(block.name, first): weight for block, first, weight in self._local_weights()}
+        blocks = []
+        for block in self.layout.blocks:
+            rows = torch.zeros(self.layout.num_entities, block.width, device=self.workers.device)
+            for (name, first), weight in local.items():
+                if name == block.name:
+                    rows[first : first + len(weight)] = weight
+            blocks.append(self.workers.sum(rows))
+        return TableRows(blocks, self.layout.num_columns)
 
-    def _local_weights(self) -> Iterator[tuple[Block, Tensor]]:
+    def _local_weights(self) -> Iterator[tuple[Block, int, Tensor]]:
+        """Yield (block, first row, rows) of what this worker holds."""
         weights = self.weights()
         for block in self.layout.blocks:
             for shard in weights[block.name].local_shards():
-                yield block, shard.tensor
+                yield block, shard.metadata.shard_offsets[0], shard.tensor
 
     def _require_fused_state(self) -> None:
-        missing = {block.name for block in self.layout.blocks} - {key.split(".")[0] for key in self.optimizer_state()}
+        here = {block.name for block, _, _ in self._local_weights()}
+        missing = here - {key.split(".")[0] for key in self.optimizer_state()}
         assert not missing, f"blocks {sorted(missing)} have no fused optimizer state and would never be updated"
 
 

@@ -1,10 +1,12 @@
 """Columns: where units, levels and blocks lie in a row of the entity table and of the relation table.
 
 A **level** j is the units between sub-model boundaries d_(j-1) and d_j. A **block** is a slice of columns held
-as one TorchRec table: cut at tier boundaries, rounded up to 4 columns because the fused kernels want that.
+as one TorchRec table: cut at tier boundaries, and between them as the job says, rounded up to 4 columns because the
+fused kernels want that. Blocks are the job's: they do not depend on how many workers there are.
 Blocks are a storage matter; a crop is always the first `dim x unit_columns` columns.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,6 +42,8 @@ class Layout:
     reciprocal: bool
     #: kappa of each level above the first: s_i = B_i + kappa_i s_(i-1)
     damping: tuple[float, ...]
+    #: units of a block at most, roughly; None: blocks are cut at tiers alone
+    block_units: int | None = None
 
     @property
     def num_columns(self) -> int:
@@ -59,7 +63,8 @@ class Layout:
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The physical slices, in order; together they cover every column once."""
-        ends = sorted({self._rounded(dim) for dim in (*self.tiers.values(), self.dims[-1])})
+        tiers = sorted({0, *self.tiers.values(), self.dims[-1]})
+        ends = sorted({self._rounded(end) for a, b in itertools.pairwise(tiers) for end in self._cuts(a, b)})
         starts = [0, *ends[:-1]]
         return tuple(Block(f"columns_{a}", a, b - a) for a, b in zip(starts, ends, strict=True))
 
@@ -67,6 +72,11 @@ class Layout:
         """Return the numbers that a crop to `dim` units holds."""
         entities = self.num_entities * self.scorer.unit_columns
         return dim * (entities + self.num_relation_rows * self.scorer.relation_unit_columns)
+
+    def _cuts(self, start: int, stop: int) -> list[int]:
+        """Return where the blocks between two tiers end, in units: as many of one width as `block_units` asks for."""
+        parts = 1 if self.block_units is None else -(-(stop - start) // self.block_units)
+        return [start + (stop - start) * (i + 1) // parts for i in range(parts)]
 
     def _rounded(self, dim: int) -> int:
         return -(-dim * self.scorer.unit_columns // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
@@ -82,4 +92,5 @@ def layout_of(section: ModelSection, num_entities: int, num_relations: int) -> L
         num_relations=num_relations,
         reciprocal=section.reciprocal,
         damping=section.damping * (len(section.dims) - 1) if len(section.damping) == 1 else section.damping,
+        block_units=section.block_units,
     )

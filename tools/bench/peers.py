@@ -100,7 +100,7 @@ def train_medscale(scorer: str, sharing: str, rate: float, threads: int, graph: 
             break
         trainer.train_step(batch)
         turns.step_done(batch.num_triples)
-    return trainer.table.local_rows(), trainer.relations.detach(), trainer.layout
+    return trainer.table.all_rows(), trainer.relations.detach(), trainer.layout
 
 
 class TimeIsUpError(Exception):

@@ -1,0 +1,173 @@
+"""Several workers: Ray Train starts them, each runs `train_worker`, and Ray replaces those that die.
+
+Graph and run directory lie on a file system that all nodes see. A run goes on from the newest committed step of
+its run directory, whatever Ray remembers: a worker may die between the commit and any report of it.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from medscale import errors
+from medscale.config import Job
+from medscale.errors import CapacityError, MedscaleError, WorkerError
+from medscale.graph.reader import Graph, open_graph
+from medscale.jobfile import dump_job, parse_job
+from medscale.logs import log, silence
+from medscale.trainer import Outcome, train_worker
+from medscale.workers import Workers
+
+__all__ = ["train_on_ray"]
+
+#: how often all workers are started anew after one died; each time they go on from the newest committed step
+MAX_FAILURES = 3
+#: lies in the run directory while the driver asks the workers to save and stop
+STOP = "stop.request"
+
+
+def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> tuple[Outcome, int | None]:
+    """Train with the job's workers on the cluster at hand, or on one of this machine's own.
+
+    Returns why training ended, and the number of the signal that asked for it, if one did.
+
+    Raises:
+        CapacityError: the cluster has too few CPUs or GPUs, ever to start the workers.
+        WorkerError: workers died, or hung, more often than they are replaced.
+
+    """
+    with _cluster(), _asking_to_stop(run_directory / STOP) as signals:
+        on_gpus = _require_resources(job)
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={
+                "job": dump_job(job), "graph": str(graph.directory.resolve()), "run": str(run_directory.resolve()),
+                "resume": resume,
+            },
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout_s=job.runtime.timeout_s
+            ),
+            scaling_config=ScalingConfig(num_workers=job.runtime.workers, use_gpu=on_gpus),
+            run_config=RunConfig(
+                name="train", storage_path=str((run_directory / "ray").resolve()),
+                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            ),
+        )  # fmt: skip
+        try:
+            told = trainer.fit().metrics
+        except ray.train.TrainingFailedError as cause:
+            raise WorkerError(
+                f"workers failed {MAX_FAILURES + 1} times: {_last_line(cause)}; run the same command again to go on "
+                "from the last checkpoint"
+            ) from cause
+    if told is None:
+        raise WorkerError("the workers ended without a word of why; their logs are under Ray's session directory")
+    if "error" in told:
+        raise getattr(errors, told["error"])(told["message"])
+    return Outcome[told["outcome"]], signals[0] if signals else told["signal"]
+
+
+def _work(settings: Mapping[str, str]) -> None:
+    """Do one worker's part, and report what the driver shall tell."""
+    context = ray.train.get_context()
+    device = get_device()
+    workers = Workers(context.get_world_rank(), context.get_world_size(), device)
+    if not workers.leads:
+        silence()
+    job, run_directory = parse_job(settings["job"], "job.yaml"), Path(settings["run"])
+    try:
+        graph = open_graph(Path(settings["graph"]), verify=False)
+        outcome, number = train_worker(
+            job, graph, run_directory, device, workers, settings["resume"],
+            local_workers=context.get_local_world_size(), stop_wanted=_stop_wanted(run_directory / STOP),
+        )  # fmt: skip
+    except WorkerError:
+        raise  # Ray starts all workers anew
+    except MedscaleError as error:
+        # Found by all workers alike, and no better the next time.
+        ray.train.report({"error": type(error).__name__, "message": str(error)})
+        return
+    ray.train.report({"outcome": outcome.name, "signal": number})
+
+
+def _stop_wanted(request: Path) -> Callable[[], bool]:
+    """Return what a worker asks after each step: does the driver, or a node that is taken away, want an end?"""
+    preemption = getattr(ray.train, "get_preemption_info", None)
+
+    def wanted() -> bool:
+        return request.exists() or (preemption is not None and preemption() is not None)
+
+    return wanted
+
+
+@contextlib.contextmanager
+def _cluster() -> Iterator[None]:
+    """Join the cluster that the environment names, or one that runs on this machine, or else start one here."""
+    started = not ray.is_initialized()
+    if started:
+        # What the workers import is what this process imports.
+        paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        ray.init(
+            logging_level="warning", log_to_driver=True, configure_logging=True,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _asking_to_stop(request: Path) -> Iterator[list[int]]:
+    """Turn SIGTERM and the first Ctrl-C into a request that all workers find; yields the signals that came."""
+    request.unlink(missing_ok=True)
+    signals: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+        request.touch()
+        os.write(2, f"{signal.Signals(number).name}: the workers save after this step\n".encode())
+
+    # After ray.init(), which puts a handler of its own in place.
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        request.unlink(missing_ok=True)
+
+
+def _require_resources(job: Job) -> bool:
+    """Return whether workers train on GPUs; refuse a cluster that cannot hold them all at once.
+
+    Raises:
+        CapacityError: too few CPUs or GPUs in the whole cluster.
+
+    """
+    there, wanted = ray.cluster_resources(), job.runtime.workers
+    gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
+    on_gpus = job.runtime.device == "cuda" or (job.runtime.device == "auto" and gpus >= wanted)
+    if on_gpus and gpus < wanted:
+        raise CapacityError(f"runtime.workers is {wanted}, each with a GPU, and the Ray cluster has {gpus} GPUs")
+    if cpus < wanted:
+        raise CapacityError(
+            f"runtime.workers is {wanted}, and the Ray cluster has {cpus} CPUs, one per worker; start Ray with more "
+            "(ray start --num-cpus), or lower runtime.workers"
+        )
+    log(f"{wanted} workers on a Ray cluster of {len(ray.nodes())} nodes, {cpus} CPUs, {gpus} GPUs")
+    return on_gpus
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
