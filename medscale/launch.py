@@ -5,11 +5,13 @@ its run directory, whatever Ray remembers: a worker may die between the commit a
 """
 
 import contextlib
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -22,8 +24,10 @@ from medscale.errors import CapacityError, MedscaleError, WorkerError
 from medscale.graph.reader import Graph, open_graph
 from medscale.jobfile import dump_job, parse_job
 from medscale.logs import log, silence
-from medscale.trainer import Outcome, train_worker
 from medscale.workers import Workers
+
+if TYPE_CHECKING:
+    from medscale.trainer import Outcome
 
 __all__ = ["train_on_ray"]
 
@@ -33,7 +37,7 @@ MAX_FAILURES = 3
 STOP = "stop.request"
 
 
-def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> tuple[Outcome, int | None]:
+def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "tuple[Outcome, int | None]":
     """Train with the job's workers on the cluster at hand, or on one of this machine's own.
 
     Returns why training ended, and the number of the signal that asked for it, if one did.
@@ -43,6 +47,7 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> tu
         WorkerError: workers died, or hung, more often than they are replaced.
 
     """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line comes twice
     with _cluster(), _asking_to_stop(run_directory / STOP) as signals:
         on_gpus = _require_resources(job)
         trainer = TorchTrainer(
@@ -61,21 +66,25 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> tu
             ),
         )  # fmt: skip
         try:
-            told = trainer.fit().metrics
+            ending = trainer.fit().return_value
         except ray.train.TrainingFailedError as cause:
             raise WorkerError(
                 f"workers failed {MAX_FAILURES + 1} times: {_last_line(cause)}; run the same command again to go on "
                 "from the last checkpoint"
             ) from cause
-    if told is None:
-        raise WorkerError("the workers ended without a word of why; their logs are under Ray's session directory")
-    if "error" in told:
-        raise getattr(errors, told["error"])(told["message"])
-    return Outcome[told["outcome"]], signals[0] if signals else told["signal"]
+    from medscale.trainer import Outcome
+
+    if "error" in ending:
+        raise getattr(errors, ending["error"])(ending["message"])
+    return Outcome[ending["outcome"]], signals[0] if signals else ending["signal"]
 
 
-def _work(settings: Mapping[str, str]) -> None:
-    """Do one worker's part, and report what the driver shall tell."""
+def _work(settings: Mapping[str, str]) -> Mapping[str, Any]:
+    """Do one worker's part; return what the driver shall tell."""
+    # Ray Train lets libraries tell everything, FBGEMM as soon as it is imported.
+    logging.getLogger().setLevel(logging.WARNING)
+    from medscale.trainer import train_worker
+
     context = ray.train.get_context()
     device = get_device()
     workers = Workers(context.get_world_rank(), context.get_world_size(), device)
@@ -92,9 +101,8 @@ def _work(settings: Mapping[str, str]) -> None:
         raise  # Ray starts all workers anew
     except MedscaleError as error:
         # Found by all workers alike, and no better the next time.
-        ray.train.report({"error": type(error).__name__, "message": str(error)})
-        return
-    ray.train.report({"outcome": outcome.name, "signal": number})
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"outcome": outcome.name, "signal": number}
 
 
 def _stop_wanted(request: Path) -> Callable[[], bool]:

@@ -42,7 +42,8 @@ TRASH = ".trash"
 #: `.metadata` is the index that torch.distributed.checkpoint writes; no other name may be hidden
 _SAFE_NAME = re.compile(r"\.metadata|[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
-#: Where tests may kill the process; `MEDSCALE_FAULT=point:count` does it the count-th time a point is passed.
+#: Where tests may kill the process; `MEDSCALE_FAULT=point:count[:rank]` does it the count-th time a worker (that of
+#: the rank, which launchers tell in `RANK`) passes the point.
 FAULT_POINTS = ("after-shard", "before-manifest", "before-rename", "after-rename", "during-retire", "step")
 _fault_counts: dict[str, int] = {}
 
@@ -53,8 +54,8 @@ def fault_point(point: str) -> None:
     wanted = os.environ.get("MEDSCALE_FAULT")
     if not wanted:
         return
-    name, _, count = wanted.partition(":")
-    if name == point:
+    name, count, rank, *_ = [*wanted.split(":"), "", ""]
+    if name == point and rank in ("", os.environ.get("RANK", "0")):
         _fault_counts[point] = _fault_counts.get(point, 0) + 1
         if _fault_counts[point] == int(count or 1):
             os.kill(os.getpid(), 9)

@@ -1,0 +1,159 @@
+"""Ray, for real: a cluster of this machine's own, with tokens, jobs submitted to it as the README says."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from children import wait_for
+from toy import toy_job, write_toy_graph
+
+from medscale.checkpoint import committed_steps, open_tables
+from medscale.jobfile import dump_job
+
+BIN = Path(sys.executable).parent
+TOKEN = "token-of-this-test"
+
+
+def write_job(folder: Path, workers: int, name: str = "ring") -> Path:
+    job = toy_job(
+        "complex", name, train={"epochs": 10, "validate_every": 5}, optimizer={"kind": "adagrad"},
+        runtime={"workers": workers, "timeout_s": 20},
+    )  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(dump_job(job), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw triples in data/, and what one worker makes of them in alone/."""
+    folder = tmp_path_factory.mktemp("ray")
+    write_toy_graph(folder / "data")
+    done = train(write_job(folder, 1), folder, "alone")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def command(job: Path, folder: Path, runs: str) -> list[str]:
+    directories = ["--data-dir", folder / "data", "--runs-dir", folder / runs, "--graphs-dir", folder / "graphs"]
+    return ["python", "-m", "medscale.train", *map(str, (job, *directories))]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_ADDRESS": "local", **variables}
+
+
+def train(job: Path, folder: Path, runs: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command(job, folder, runs)[1:]], env=environment(**variables), capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+
+
+def table(run_directory: Path) -> np.ndarray:  # type: ignore[type-arg]
+    return open_tables(committed_steps(run_directory)[-1]).rows().slice(0, 90).numpy()
+
+
+def require_same(folder: Path, runs: str) -> None:
+    np.testing.assert_allclose(table(folder / runs / "ring"), table(folder / "alone" / "ring"), rtol=1e-3, atol=1e-3)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def head(folder: Path, variables: Mapping[str, str]) -> Iterator[str]:
+    """Run `ray start --head` with token authentication; yield the dashboard's address."""
+    port, dashboard = free_port(), free_port()
+    process = subprocess.Popen(
+        [
+            "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
+            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats",
+        ],
+        env=environment(**variables), stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", dashboard), 1):
+                break
+            assert time.monotonic() < deadline, (folder / "head.log").read_text()
+            assert process.poll() is None, (folder / "head.log").read_text()
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> None:
+    """As the README has it, and not without the token."""
+    job, variables = write_job(folder, 2), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    with head(folder, variables) as address:
+        submit = ["ray", "job", "submit", "--address", address, "--", *command(job, folder, "submitted")]
+        stranger = {**variables, "RAY_AUTH_TOKEN": "another"}
+        refused = subprocess.run(submit, env=environment(**stranger), capture_output=True, text=True, timeout=120)
+        assert refused.returncode != 0
+        assert not (folder / "submitted").exists()
+        done = subprocess.run(submit, env=environment(**variables), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 workers with" in done.stdout + done.stderr
+    require_same(folder, "submitted")
+    assert (folder / "submitted" / "ring" / "export" / "phone" / "manifest.json").exists()
+    run = [path.read_bytes() for path in (folder / "submitted").rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in data for data in run), "the token stays out of what is kept"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["step:50:1", "step:50:0", "after-shard:5"])
+def test_a_worker_that_dies_is_replaced_and_the_run_ends_as_ever(folder: Path, fault: str) -> None:
+    """The new workers count anew, so they die once more before the end."""
+    runs = f"killed-{fault.replace(':', '-')}"
+    done = train(write_job(folder, 2), folder, runs, MEDSCALE_FAULT=fault)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step-" in done.stderr
+    require_same(folder, runs)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_submitted_again_and_a_signal_saves(folder: Path) -> None:
+    job = write_job(folder, 2)
+    log = folder / "signals" / "ring" / "metrics.jsonl"
+    for number, expected in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        before = log.read_text(encoding="utf-8").count('"train"') if log.exists() else 0
+        process = subprocess.Popen(
+            [sys.executable, *command(job, folder, "signals")[1:]], env=environment(), stderr=subprocess.PIPE, text=True
+        )
+        wait_for(log, f'"step": {before + 10},', seconds=150)
+        process.send_signal(number)
+        assert process.wait(60) == expected, process.communicate()[1]
+        if number == signal.SIGTERM:
+            last = max(int(line.split('"step": ')[1].split(",")[0]) for line in log.read_text().splitlines())
+            assert committed_steps(folder / "signals" / "ring")[-1].name == f"step-{last:09d}", "nothing is lost"
+        time.sleep(10)  # orphans of a killed driver end by themselves
+    done = train(job, folder, "signals")
+    assert done.returncode == 0, done.stderr
+    require_same(folder, "signals")
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_too_small_is_named(folder: Path) -> None:
+    done = train(write_job(folder, 64, "wide"), folder, "wide")
+    assert done.returncode == 7
+    assert "64" in done.stderr
+    assert "CPUs" in done.stderr
