@@ -7,14 +7,12 @@ loops), and says what it does with vectors; the price is a C++ compiler on the m
 import ctypes
 import functools
 import hashlib
-import itertools
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ LANES = 32
 _SOURCES = Path(__file__).parent / "cpp"
 #: floating point as written, but for products fused into sums; infinities and NaN keep their meaning
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
     "-Wno-psabi", "-shared", "-fPIC",
 )  # fmt: skip
 
@@ -133,30 +131,9 @@ def _field(value: Tensor | float | None) -> Any:
 
 
 def run_parts(function: Callable[..., Any], count: int, *arguments: Any, multiple: int = 1) -> None:
-    """Call function(*arguments, first, last) for parts of range(count), on as many threads as torch uses.
+    """Call a kernel for range(count), in parts on as many threads as torch uses; `cpp/parts.h` says how.
 
-    Whole numbers among the arguments become int64.
-
-    Parts begin at multiples of `multiple`. No part writes what another one reads or writes, so that
-    the result does not depend on the number of threads.
+    Whole numbers among the arguments become int64. Parts begin at multiples of `multiple`.
     """
-    pieces = -(-count // multiple)
-    parts = max(1, min(torch.get_num_threads(), pieces))
-    bounds = [min(count, pieces * i // parts * multiple) for i in range(parts)] + [count]
-    fixed = [ctypes.c_int64(value) if isinstance(value, int) else value for value in arguments]
-    running = [
-        _threads(parts - 1).submit(function, *fixed, ctypes.c_int64(first), ctypes.c_int64(last))
-        for first, last in itertools.pairwise(bounds[1:])
-    ]
-    try:
-        function(*fixed, ctypes.c_int64(bounds[0]), ctypes.c_int64(bounds[1]))
-    finally:
-        # An interrupt must not free what the others still write to.
-        wait(running)
-    for part in running:
-        part.result()
-
-
-@functools.cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(number, "kernel")
+    numbers = (*arguments, count, multiple, torch.get_num_threads())
+    function(*(ctypes.c_int64(value) if isinstance(value, int) else value for value in numbers))

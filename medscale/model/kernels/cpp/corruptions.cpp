@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "parts.h"
 #include "tiles.h"
 
 namespace {
@@ -297,17 +298,25 @@ template <class T> void add_chunks(const Corruptions<T>* a, i64 offset, i64 coun
 
 }  // namespace
 
+template <class T> static void corrupt_in_parts(const Corruptions<T>* a, i64 offset, i64 only_weights, i64 count, i64 multiple, i64 threads) {
+    in_parts(count, multiple, threads, [=](i64 first, i64 last) { corrupt_chunks(a, offset, only_weights, first, last); });
+}
+
+template <class T> static void add_in_parts(const Corruptions<T>* a, i64 offset, i64 chunks, i64 columns, i64 multiple, i64 threads) {
+    in_parts(columns, multiple, threads, [=](i64 first, i64 last) { add_chunks(a, offset, chunks, first, last); });
+}
+
 extern "C" {
-void corrupt_float(const Corruptions<float>* a, i64 offset, i64 only_weights, i64 first, i64 last) {
-    corrupt_chunks(a, offset, only_weights, first, last);
+void corrupt_float(const Corruptions<float>* a, i64 offset, i64 only_weights, i64 count, i64 multiple, i64 threads) {
+    corrupt_in_parts(a, offset, only_weights, count, multiple, threads);
 }
-void corrupt_double(const Corruptions<double>* a, i64 offset, i64 only_weights, i64 first, i64 last) {
-    corrupt_chunks(a, offset, only_weights, first, last);
+void corrupt_double(const Corruptions<double>* a, i64 offset, i64 only_weights, i64 count, i64 multiple, i64 threads) {
+    corrupt_in_parts(a, offset, only_weights, count, multiple, threads);
 }
-void add_chunks_float(const Corruptions<float>* a, i64 offset, i64 count, i64 first, i64 last) {
-    add_chunks(a, offset, count, first, last);
+void add_chunks_float(const Corruptions<float>* a, i64 offset, i64 chunks, i64 columns, i64 multiple, i64 threads) {
+    add_in_parts(a, offset, chunks, columns, multiple, threads);
 }
-void add_chunks_double(const Corruptions<double>* a, i64 offset, i64 count, i64 first, i64 last) {
-    add_chunks(a, offset, count, first, last);
+void add_chunks_double(const Corruptions<double>* a, i64 offset, i64 chunks, i64 columns, i64 multiple, i64 threads) {
+    add_in_parts(a, offset, chunks, columns, multiple, threads);
 }
 }

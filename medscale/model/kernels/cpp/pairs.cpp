@@ -1,4 +1,5 @@
 // Scores of one candidate for each query, and their gradients: the positives of a step.
+#include "parts.h"
 #include "tiles.h"
 
 template <class T> struct Pairs {
@@ -107,16 +108,19 @@ void add_to_rows(const T* values_RC, const i64* ids_R, i64 count, i64 stride, T*
 
 }  // namespace
 
-extern "C" {
-void score_pairs_float(const Pairs<float>* a, i64 first, i64 last) { score_pairs(a, first, last); }
-void score_pairs_double(const Pairs<double>* a, i64 first, i64 last) { score_pairs(a, first, last); }
-void differentiate_pairs_float(const Pairs<float>* a, i64 first, i64 last) { differentiate_pairs(a, first, last); }
-void differentiate_pairs_double(const Pairs<double>* a, i64 first, i64 last) { differentiate_pairs(a, first, last); }
-void add_rows_float(const float* values, const i64* ids, i64 count, i64 stride, float* rows, i64 row_stride, i64 first, i64 last) {
-    add_to_rows(values, ids, count, stride, rows, row_stride, first, last);
+EXPORT(score_pairs, Pairs)
+EXPORT(differentiate_pairs, Pairs)
+
+template <class T>
+static void add_rows(const T* values, const i64* ids, i64 count, i64 stride, T* rows, i64 row_stride, i64 columns, i64 multiple, i64 threads) {
+    in_parts(columns, multiple, threads, [=](i64 first, i64 last) { add_to_rows(values, ids, count, stride, rows, row_stride, first, last); });
 }
-void add_rows_double(
-    const double* values, const i64* ids, i64 count, i64 stride, double* rows, i64 row_stride, i64 first, i64 last) {
-    add_to_rows(values, ids, count, stride, rows, row_stride, first, last);
+
+extern "C" {
+void add_rows_float(const float* values, const i64* ids, i64 count, i64 stride, float* rows, i64 row_stride, i64 columns, i64 multiple, i64 threads) {
+    add_rows(values, ids, count, stride, rows, row_stride, columns, multiple, threads);
+}
+void add_rows_double(const double* values, const i64* ids, i64 count, i64 stride, double* rows, i64 row_stride, i64 columns, i64 multiple, i64 threads) {
+    add_rows(values, ids, count, stride, rows, row_stride, columns, multiple, threads);
 }
 }

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "parts.h"
 #include "tiles.h"
 
 template <class T> struct Ranks {
@@ -138,15 +139,14 @@ template <class T> void make_tiles(const T* rows_RC, i64 count, i64 stride, i64 
 
 }  // namespace
 
+EXPORT(rank_queries, Ranks)
+EXPORT(target_sums, Ranks)
+
 extern "C" {
-void rank_queries_float(const Ranks<float>* a, i64 first, i64 last) { rank_queries(a, first, last); }
-void rank_queries_double(const Ranks<double>* a, i64 first, i64 last) { rank_queries(a, first, last); }
-void target_sums_float(const Ranks<float>* a, i64 first, i64 last) { target_sums(a, first, last); }
-void target_sums_double(const Ranks<double>* a, i64 first, i64 last) { target_sums(a, first, last); }
-void make_tiles_float(const float* rows, i64 count, i64 stride, i64 columns, float* tiles, i64 first, i64 last) {
-    make_tiles(rows, count, stride, columns, tiles, first, last);
+void make_tiles_float(const float* rows, i64 count, i64 stride, i64 columns, float* tiles, i64 num_tiles, i64 multiple, i64 threads) {
+    in_parts(num_tiles, multiple, threads, [=](i64 first, i64 last) { make_tiles(rows, count, stride, columns, tiles, first, last); });
 }
-void make_tiles_double(const double* rows, i64 count, i64 stride, i64 columns, double* tiles, i64 first, i64 last) {
-    make_tiles(rows, count, stride, columns, tiles, first, last);
+void make_tiles_double(const double* rows, i64 count, i64 stride, i64 columns, double* tiles, i64 num_tiles, i64 multiple, i64 threads) {
+    in_parts(num_tiles, multiple, threads, [=](i64 first, i64 last) { make_tiles(rows, count, stride, columns, tiles, first, last); });
 }
 }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <limits>
 
+#include "parts.h"
 #include "tiles.h"
 
 template <class T> struct Softmax {
@@ -28,7 +29,8 @@ namespace {
 
 constexpr i64 MOST = 64;
 
-template <class T> void forward(const Softmax<T>& a, i64 first, i64 last) {
+template <class T> void softmax_forward(const Softmax<T>* arguments, i64 first, i64 last) {
+    const Softmax<T>& a = *arguments;
     const i64 plane = a.num_queries * a.num_candidates, whole = a.num_candidates / WIDTH<T> * WIDTH<T>;
     for (i64 q = first; q < last; q++) {
         for (i64 m = 0; m < a.num_sub_models; m++) {
@@ -97,7 +99,8 @@ template <class T, class Get, class Put> INLINE void differentiate(const Softmax
     }
 }
 
-template <class T> void backward(const Softmax<T>& a, i64 first, i64 last) {
+template <class T> void softmax_backward(const Softmax<T>* arguments, i64 first, i64 last) {
+    const Softmax<T>& a = *arguments;
     const i64 plane = a.num_queries * a.num_candidates, whole = a.num_candidates / WIDTH<T> * WIDTH<T>;
     for (i64 q = first; q < last; q++) {
         T* row = a.scores_mQM + q * a.num_candidates;
@@ -123,9 +126,5 @@ template <class T> void backward(const Softmax<T>& a, i64 first, i64 last) {
 
 }  // namespace
 
-extern "C" {
-void softmax_forward_float(const Softmax<float>* a, i64 first, i64 last) { forward(*a, first, last); }
-void softmax_forward_double(const Softmax<double>* a, i64 first, i64 last) { forward(*a, first, last); }
-void softmax_backward_float(const Softmax<float>* a, i64 first, i64 last) { backward(*a, first, last); }
-void softmax_backward_double(const Softmax<double>* a, i64 first, i64 last) { backward(*a, first, last); }
-}
+EXPORT(softmax_forward, Softmax)
+EXPORT(softmax_backward, Softmax)
