@@ -7,6 +7,7 @@ themselves take. A job whose parts do not fit is refused with the number that br
 import argparse
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from rich.table import Table
 
 from medscale.config import Job
+from medscale.distributed import placement_of
 from medscale.errors import CapacityError
 from medscale.graph.census import take_census
 from medscale.graph.reader import open_graph
@@ -50,8 +52,10 @@ class GraphSize:
 class Plan:
     """A job's predicted needs; bytes unless named otherwise."""
 
-    #: resident memory by what takes it
+    #: resident memory by what takes it; of several workers, the one that holds most
     memory: Mapping[str, int]
+    #: several workers: how tables lie on them
+    placement: str
     #: disk by what is written, checkpoints counted while one is being written
     disk: Mapping[str, int]
     #: parameters of each tier
@@ -72,20 +76,25 @@ def plan(job: Job, size: GraphSize) -> Plan:
         "adagrad": tables,
         "adam": 2 * tables,
     }
-    state = states[job.optimizer.kind] + relations * (2 if job.optimizer.kind == "adam" else 1)
-    checkpoint = tables + relations + state
+    dense_state = relations * (2 if job.optimizer.kind == "adam" else 1)
+    checkpoint = tables + relations + states[job.optimizer.kind] + dense_state
     steps, exact = _steps_per_epoch(job, size)
     names = 40 * size.num_entities
+    placement, part = _placement(job, layout)
+    memory = {
+        "libraries": _LIBRARIES,
+        "entity tables": int(part * tables),
+        "relations": relations,
+        "optimizer state": int(part * states[job.optimizer.kind]) + dense_state,
+        "graph": _graph_bytes(job, size),
+        "batch": _batch_bytes(job, layout),
+        "ranking": _ranking_bytes(job, size, layout),
+    }
+    if job.runtime.workers > 1 and job.train.validate_every and size.num_valid:
+        memory["tables gathered to validate"] = tables
     return Plan(
-        memory={
-            "libraries": _LIBRARIES,
-            "entity tables": tables,
-            "relations": relations,
-            "optimizer state": state,
-            "graph": _graph_bytes(job, size),
-            "batch": _batch_bytes(job, layout),
-            "ranking": _ranking_bytes(job, size, layout),
-        },
+        memory=memory,
+        placement=placement,
         disk={
             "graph": 3 * INT * (size.num_train + size.num_valid + size.num_test) + names,
             "checkpoints": (job.checkpoint.keep + 2) * checkpoint,
@@ -96,6 +105,20 @@ def plan(job: Job, size: GraphSize) -> Plan:
         total_steps=steps * job.train.epochs,
         steps_are_exact=exact,
     )
+
+
+def _placement(job: Job, layout: Layout) -> tuple[str, float]:
+    """Return (how tables lie on the workers, the largest share of their numbers that one worker holds)."""
+    workers, ranks = job.runtime.workers, placement_of(layout, job.runtime)
+    if None in ranks.values():
+        return f"row_wise: each of {len(ranks)} tables is spread by rows over {workers} workers", 1 / workers
+    widths = Counter({ranks[block.name]: 0 for block in layout.blocks})
+    for block in layout.blocks:
+        widths[ranks[block.name]] += block.width
+    share = max(widths.values()) / sum(widths.values())
+    idle = workers - len(widths)
+    words = f"table_wise: {len(ranks)} tables on {len(widths)} of {workers} workers"
+    return words + (f"; model.block_units would cut some for the other {idle}" if idle else ""), share
 
 
 def _steps_per_epoch(job: Job, size: GraphSize) -> tuple[int, bool]:
@@ -121,16 +144,18 @@ def _batch_bytes(job: Job, layout: Layout) -> int:
     over. Softmax holds [queries, candidates] per sub-model: once in the kernels, in plain torch several times.
     """
     train, negatives = job.train, job.negatives
+    # a worker's share of the positives or queries
+    batch_size = -(-train.batch_size // job.runtime.workers)
     columns, fused = layout.num_columns, job.runtime.kernels == "auto"
     if job.loss.kind == "bce":
         size = 1 if negatives.kind == "per_positive" else negatives.chunk_size
         number = negatives.chunk_size if negatives.kind == "in_batch" else negatives.number
-        pairs = train.batch_size * number
+        pairs = batch_size * number
         candidates = pairs // size
-        rows = min(layout.num_entities, 2 * train.batch_size + candidates)
-        gathered = 8 * train.batch_size + (0 if fused else 2 * candidates)
+        rows = min(layout.num_entities, 2 * batch_size + candidates)
+        gathered = 8 * batch_size + (0 if fused else 2 * candidates)
         if fused:
-            return FLOAT * ((3 * rows + gathered) * columns + 4 * len(layout.dims) * train.batch_size)
+            return FLOAT * ((3 * rows + gathered) * columns + 4 * len(layout.dims) * batch_size)
         return FLOAT * ((3 * rows + gathered) * columns + 6 * len(layout.dims) * pairs + 8 * SLICE_NUMBERS)
     own = 3 * train.batch_size
     candidates = layout.num_entities if negatives.kind == "all" else min(layout.num_entities, own + negatives.number)
@@ -138,7 +163,7 @@ def _batch_bytes(job: Job, layout: Layout) -> int:
     per_score = 5 if job.med.mutual != "off" or layout.scorer.is_distance else 3
     if fused and not layout.scorer.is_distance:
         per_score = 1
-    return FLOAT * (per_score * scored * train.batch_size * candidates + 6 * candidates * columns)
+    return FLOAT * (per_score * scored * batch_size * candidates + 6 * candidates * columns)
 
 
 def _ranking_bytes(job: Job, size: GraphSize, layout: Layout) -> int:
@@ -162,8 +187,8 @@ def require_fit(job: Job, predicted: Plan, runs_directory: Path) -> None:
     if needed > limit:
         largest = max(predicted.memory, key=lambda part: predicted.memory[part])
         raise CapacityError(
-            f"job {job.name} needs {_gib(needed)} GiB of memory and may count on {_gib(limit)} GiB; the largest "
-            f"part is the {largest} with {_gib(predicted.memory[largest])} GiB. "
+            f"job {job.name} needs {_gib(needed)} GiB of memory{_each(job)} and may count on {_gib(limit)} GiB; the "
+            f"largest part is the {largest} with {_gib(predicted.memory[largest])} GiB. "
             f"{_ADVICE.get(largest, _ADVICE['entity tables'])}"
         )
     free = shutil.disk_usage(_existing(runs_directory)).free
@@ -177,24 +202,29 @@ def require_fit(job: Job, predicted: Plan, runs_directory: Path) -> None:
         )
 
 
+def _each(job: Job) -> str:
+    return f" on each of {job.runtime.workers} workers" if job.runtime.workers > 1 else ""
+
+
 _ADVICE = {
+    "tables gathered to validate": "Set train.validate_every: 0, or more memory (runtime.memory_gib)",
     "batch": "Lower train.batch_size or negatives.number",
     "graph": "This graph needs a larger machine",
     "ranking": "Lower evaluate.memory_mib",
     "optimizer state": "Use optimizer.kind rowwise_adagrad, or smaller model.dims",
-    "entity tables": "Use smaller model.dims, or more memory (runtime.memory_gib says how much to count on)",
+    "entity tables": "Use smaller model.dims, more workers, or more memory (runtime.memory_gib)",
 }
 
 
 def memory_limit(job: Job) -> int:
-    """Return the bytes that a job may count on: the job's word, or what is free, within a container's limit."""
+    """Return the bytes that a worker may count on: the job's word, or its part of what is free here, within limits."""
     if job.runtime.memory_gib is not None:
         return int(job.runtime.memory_gib * 2**30)
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(free, int(text)) if text.isdigit() else free
+    return (min(free, int(text)) if text.isdigit() else free) // job.runtime.workers
 
 
 def size_of(job: Job, graphs_directory: Path, data_root: Path) -> GraphSize:
@@ -262,7 +292,10 @@ def _print(job: Job, size: GraphSize, predicted: Plan, runs_directory: Path) -> 
     about = "" if predicted.steps_are_exact else "at most "
     total = f"{about}{predicted.total_steps:,} steps in {job.train.epochs:,} epochs"
     out.print(f"{about}{predicted.steps_per_epoch:,} steps per epoch, {total}")
-    memory = Table(title="memory", caption=f"of {_gib(memory_limit(job))} GiB that the job may count on")
+    if job.runtime.workers > 1:
+        out.print(predicted.placement)
+    title = "memory" if job.runtime.workers == 1 else f"memory of each of {job.runtime.workers} workers, at most"
+    memory = Table(title=title, caption=f"of {_gib(memory_limit(job))} GiB that the job may count on")
     memory.add_column("what")
     memory.add_column("MiB", justify="right")
     for part, number in [*predicted.memory.items(), ("together", sum(predicted.memory.values()))]:

@@ -47,6 +47,7 @@ from medscale.model.embedding import EntityTable, initial_relations
 from medscale.model.layout import Layout, layout_of
 from medscale.objective import Objective, Terms
 from medscale.optimizer import Optimizers, fused_optimizer, learning_rate_factor
+from medscale.pulse import naming_the_silent
 from medscale.ranking import Ranks, rank_all, sample_triples
 from medscale.storage import fault_point, write_atomic
 from medscale.workers import ALONE, Workers
@@ -380,23 +381,24 @@ def train_worker(
     """
     threads = choose_threads(job.runtime, local_workers)
     trainer = Trainer(job, graph, run_directory, device, workers, stop_wanted=stop_wanted)
-    checkpoint = _found_checkpoint(run_directory, resume, workers)
-    if checkpoint is None:
-        if (run_directory / "metrics.jsonl").exists():
-            log(f"{run_directory} was begun before, but holds no checkpoint: starting at step 0")
-        trainer.initialise()
-    else:
-        trainer.resume(checkpoint)
-        log(f"going on from {checkpoint.directory.name}")
-    if workers.leads:
-        write_atomic(run_directory / "job.yaml", dump_job(job).encode())
-    count = "" if workers.size == 1 else f"{workers.size} workers with "
-    log(
-        f"training {job.name}: {graph.num_triples['train']:,} triples, {graph.num_entities:,} entities, "
-        f"{len(job.model.dims)} sub-models up to {job.model.dims[-1]} units, {trainer.total_steps:,} steps "
-        f"on {device.type}, {count}{threads} threads"
-    )
-    outcome = trainer.fit()
+    with naming_the_silent(run_directory / "workers", workers, lambda: trainer.progress.step):
+        checkpoint = _found_checkpoint(run_directory, resume, workers)
+        if checkpoint is None:
+            if (run_directory / "metrics.jsonl").exists():
+                log(f"{run_directory} was begun before, but holds no checkpoint: starting at step 0")
+            trainer.initialise()
+        else:
+            trainer.resume(checkpoint)
+            log(f"going on from {checkpoint.directory.name}")
+        if workers.leads:
+            write_atomic(run_directory / "job.yaml", dump_job(job).encode())
+        count = "" if workers.size == 1 else f"{workers.size} workers with "
+        log(
+            f"training {job.name}: {graph.num_triples['train']:,} triples, {graph.num_entities:,} entities, "
+            f"{len(job.model.dims)} sub-models up to {job.model.dims[-1]} units, {trainer.total_steps:,} steps "
+            f"on {device.type}, {count}{threads} threads"
+        )
+        outcome = trainer.fit()
     log(f"training ended at step {trainer.progress.step:,}: {outcome.value}")
     return outcome, trainer.signal_number
 

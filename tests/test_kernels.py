@@ -14,6 +14,7 @@ from torch import Tensor
 
 from medscale.batches.queries import Targets
 from medscale.config import ModelSection
+from medscale.loss import cpu_softmax
 from medscale.loss.bce import Logits
 from medscale.loss.cpu_corruptions import corruption_terms
 from medscale.loss.cpu_softmax import Softmax, product_log_probabilities
@@ -262,8 +263,13 @@ def test_ranks_equal_counting_all_scores(scorer: str, dtype: torch.dtype, num_qu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("damping", [1.0, 0.5])
+@pytest.mark.parametrize("narrow", [0, 48])
 @pytest.mark.parametrize("num_candidates", [1, 9, 64])
-def test_softmax_equals_autograd(num_candidates: int, damping: float, both: bool, dtype: torch.dtype) -> None:
+def test_softmax_equals_autograd(
+    num_candidates: int, narrow: int, damping: float, both: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Levels of few columns, whose products are transposed, and of many."""
+    monkeypatch.setattr(cpu_softmax, "_NARROW", narrow)
     scan = scan_for("complex", (3, 10, 17), damping, dtype)
     query, rows, _ = numbers_for(scan, (6, 1, 1, num_candidates), dtype)
     query, rows = query[:, 0] / 3, rows / 3

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from toy import toy_job
 
+from medscale import trainer as trainer_module
 from medscale.batches.corruption import CorruptionBatch
 from medscale.checkpoint import committed_steps, open_tables
 from medscale.config import Job
@@ -27,8 +30,14 @@ from medscale.workers import Workers
 CPU = torch.device("cpu")
 
 
-def in_group(size: int, directory: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run function(workers, *arguments) in a process per worker; return what each returns, by rank."""
+def in_group(
+    size: int, directory: Path, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60,
+    lost: Collection[int] = (),
+) -> list[Any]:  # fmt: skip
+    """Run function(workers, *arguments) in a process per worker; return what each returns, by rank.
+
+    Those of ranks `lost` are expected to say nothing, and are killed in the end.
+    """
     # forked from a server that has imported everything once
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["medscale.train"])
@@ -36,26 +45,32 @@ def in_group(size: int, directory: Path, function: Callable[..., Any], *argument
     store = directory / f"store-{len(list(directory.glob('store-*')))}"
     for rank in range(size):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_member, args=(sender, rank, size, str(store), function, arguments))
+        process = context.Process(target=_member, args=(sender, rank, size, str(store), timeout_s, function, arguments))
         process.start()
         sender.close()
         pipes.append(receiver)
         processes.append(process)
     results = []
     for rank, receiver in enumerate(pipes):
+        if rank in lost:
+            continue
         assert receiver.poll(120), f"worker {rank} says nothing"
         kind, value = receiver.recv()
         assert kind == "result", f"worker {rank} failed:\n{value}"
         results.append(value)
-    for process in processes:
+    for rank, process in enumerate(processes):
+        if rank in lost:
+            process.kill()
         process.join(30)
     return results
 
 
-def _member(sender: Any, rank: int, size: int, store: str, function: Callable[..., Any], arguments: Any) -> None:
+def _member(
+    sender: Any, rank: int, size: int, store: str, timeout_s: float, function: Callable[..., Any], arguments: Any
+) -> None:
     torch.set_num_threads(1)
     try:
-        with process_group(CPU, Workers(rank, size), dist.FileStore(store, size), timeout_s=60) as workers:
+        with process_group(CPU, Workers(rank, size), dist.FileStore(store, size), timeout_s) as workers:
             sender.send(("result", function(workers, *arguments)))
     except BaseException:
         sender.send(("failure", traceback.format_exc()))
@@ -195,6 +210,30 @@ def test_a_broken_number_on_one_worker_stops_all_before_the_update(
     for message in in_group(2, tmp_path, broken, job, toy_graph.directory, tmp_path / "run", rank, where):
         assert f"step 3, worker {rank} of 2" in message
         assert "regularizer" in message if where == "loss" else "entities" in message
+
+
+def hanging(workers: Workers, job: Job, graph_directory: Path, run_directory: Path, signal_number: int) -> str:
+    """Train; worker 1 gets a signal after its third step."""
+
+    def fault(point: str) -> None:
+        if point == "step" and workers.rank == 1 and (run_directory / "checkpoints" / "step-000000003").exists():
+            os.kill(os.getpid(), signal_number)
+
+    trainer_module.fault_point = fault
+    return run(workers, job, graph_directory, run_directory, None)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_worker_that_hangs_or_dies_is_named(toy_graph: Graph, tmp_path: Path, signal_number: int) -> None:
+    job = _with_workers(toy_job("transe"), 2, "table_wise")
+    start = time.monotonic()
+    arguments = (job, toy_graph.directory, tmp_path / "run", signal_number)
+    (message,) = in_group(2, tmp_path, hanging, *arguments, timeout_s=8, lost=(1,))
+    assert time.monotonic() - start < 30
+    assert message.startswith("WorkerError")
+    assert "worker 1 is silent" in message
+    assert "after step" in message
+    assert in_group(2, tmp_path, run, job, toy_graph.directory, tmp_path / "run", None) == ["FINISHED"] * 2
 
 
 def _newest(run_directory: Path) -> np.ndarray[Any, Any]:
