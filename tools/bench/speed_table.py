@@ -73,6 +73,7 @@ def softmax() -> Iterator[str]:
 
 def section() -> str:
     """Return the section of the README."""
+    rates = dict.fromkeys(f"{r['system']} {r['scorer']} {r['learning_rate']}" for r in records_of("peers"))
     peer, step = records_of("peers")[0], json.loads((RESULTS / "training_step.json").read_text())["environment"]
     sizes = "one, 1 core | 64 | times one | in 3 tables | one, 2 cores | 64 | times one | in 3 tables"
     return "\n".join([
@@ -87,9 +88,9 @@ def section() -> str:
         "",
         f"**Beside PyKEEN** (`peers`), in the same run, {peer['threads']} core(s), {peer['seconds']:.0f} seconds "
         f"of training for each: triples/s, times PyKEEN's, and MRR on {peer['triples_ranked']:,} validation triples "
-        "(filtered, both sides, realistic ranks for ties, all entities) at 10, 100 and 640 units; learning rate "
-        f"{peer['learning_rate']} for all (`--learning-rate {peer['learning_rate']}`). This is early in "
-        "training: what counts is where each has got in the same time.",
+        "(filtered, both sides, realistic ranks for ties, all entities) at 10, 100 and 640 units; for each the best of "
+        f"the learning rates tried ({', '.join(rates)}). This is early in training: what counts is where each has got "
+        "in the same time.",
         "",
         *table("scorer | system | triples/s | times PyKEEN | MRR @10 | @100 | @640", peers()),
         "",
