@@ -15,7 +15,6 @@ from pathlib import Path
 from rich.table import Table
 
 from medscale.config import Job
-from medscale.distributed import placement_of
 from medscale.errors import CapacityError
 from medscale.graph.census import take_census
 from medscale.graph.reader import open_graph
@@ -25,6 +24,7 @@ from medscale.logs import console
 from medscale.model.layout import Layout, layout_of
 from medscale.model.prefix import SLICE_NUMBERS
 from medscale.options import job_parser, run_command
+from medscale.sharding import placement_of
 
 __all__ = ["GraphSize", "Plan", "main", "memory_limit", "plan", "require_fit", "size_of"]
 

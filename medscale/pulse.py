@@ -47,6 +47,8 @@ def naming_the_silent(directory: Path, workers: Workers, step: Callable[[], int]
     try:
         yield
     except WorkerError as error:
+        # One that died a moment ago has written a moment ago.
+        time.sleep(_SILENT + _SECONDS)
         raise WorkerError(f"{error}. {_silent(directory, workers, step())}") from error
     finally:
         ended.set()

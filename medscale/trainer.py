@@ -36,7 +36,7 @@ from medscale.checkpoint import (
     step_of,
 )
 from medscale.config import DISTANCES, Job
-from medscale.distributed import choose_threads, placement_of
+from medscale.distributed import choose_threads
 from medscale.errors import CheckpointError, GraphError, NonFiniteError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
@@ -49,6 +49,7 @@ from medscale.objective import Objective, Terms
 from medscale.optimizer import Optimizers, fused_optimizer, learning_rate_factor
 from medscale.pulse import naming_the_silent
 from medscale.ranking import Ranks, rank_all, sample_triples
+from medscale.sharding import placement_of
 from medscale.storage import fault_point, write_atomic
 from medscale.workers import ALONE, Workers
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("batches",),
     ("model",),
     ("loss", "objective"),
-    ("distributed", "optimizer"),
+    ("distributed", "sharding", "optimizer"),
     ("checkpoint", "ranking", "metrics"),
     ("trainer", "prepare", "evaluate", "split", "plan", "doctor", "report"),
     ("launch", "train", "export", "cli"),

@@ -7,9 +7,9 @@ import pytest
 from toy import toy_job
 
 from medscale.config import Job
-from medscale.distributed import placement_of
 from medscale.model.layout import layout_of
 from medscale.plan import GraphSize, plan
+from medscale.sharding import placement_of
 
 GIB = 2**30
 BILLION = GraphSize(10**9, 100, 10**7, 0, 0, "given")

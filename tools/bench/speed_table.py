@@ -38,6 +38,30 @@ def training() -> Iterator[str]:
             one, many, cut = (r for r in records if (r["scorer"], r["sharing"], r["threads"]) == case)
             cells += [f"{one['triples_per_s']:,.0f}", f"{many['triples_per_s']:,.0f}"]
             cells += [f"{many['times_one']:.2f}", f"{cut['times_one']:.2f}"]
+        one_core, two_cores = (
+            next(r for r in records if (r["scorer"], r["sharing"], r["threads"], r["sub_models"], r["blocks"]) == case)
+            for case in ((scorer, sharing, 1, 64, 1), (scorer, sharing, 2, 64, 1))
+        )
+        cells.append(f"{two_cores['triples_per_s'] / one_core['triples_per_s']:.2f}")
+        yield " | ".join(cells)
+
+
+def parts() -> Iterator[str]:
+    """Yield a row per scorer and way of sharing: where a step of 64 sub-models spends its time on one core."""
+    for r in records_of("training_step"):
+        if (r["sub_models"], r["blocks"], r["threads"]) == (64, 1, 1):
+            cells = [f"`{r['scorer']}`", SHARED[r["sharing"]], *(f"{share:.0%}" for share in r["shares"].values())]
+            yield " | ".join(cells)
+
+
+def scoring() -> Iterator[str]:
+    """Yield a row per scorer and way of sharing: the negatives' part of a step alone, by kernels and by plain torch."""
+    records = [r for r in records_of("prefix_scoring") if r["threads"] == 1]
+    for scorer, sharing in dict.fromkeys((r["scorer"], r["sharing"]) for r in records):
+        of = {(r["system"], r["sub_models"]): r for r in records if (r["scorer"], r["sharing"]) == (scorer, sharing)}
+        numbers = [f"{of[system, n]['ms_per_step']:,.0f}" for system in ("kernel", "torch") for n in (1, 64)]
+        many = of["kernel", 64]
+        cells = [f"`{scorer}`", SHARED[sharing], *numbers, f"{many['gb_per_s']:.1f}", f"{many['copy_gb_per_s']:.0f}"]
         yield " | ".join(cells)
 
 
@@ -75,7 +99,7 @@ def section() -> str:
     """Return the section of the README."""
     rates = dict.fromkeys(f"{r['system']} {r['scorer']} {r['learning_rate']}" for r in records_of("peers"))
     peer, step = records_of("peers")[0], json.loads((RESULTS / "training_step.json").read_text())["environment"]
-    sizes = "one, 1 core | 64 | times one | in 3 tables | one, 2 cores | 64 | times one | in 3 tables"
+    sizes = "one, 1 core | 64 | times one | in 3 tables | one, 2 cores | 64 | times one | in 3 tables | 2 cores / 1"
     return "\n".join([
         f"{step['date']}, {step['cpu']}, 2 cores, no GPU; 640 units, batches of 1,024 positives with 64 negatives "
         "each, on FB15k-237. `python tools/bench/NAME.py` measures anew what `tools/bench/results/NAME.json` holds.",
@@ -85,6 +109,17 @@ def section() -> str:
         "with the table cut at 10 and 100, so that blocks can lie on several devices.",
         "",
         *table(f"scorer | negatives | {sizes}", training()),
+        "",
+        "Where a step of 64 sub-models spends its time, on one core: waiting for its batch, looking rows up, the loss "
+        "(queries, positives, autograd), the fused kernel of the negatives, guards, updates.",
+        "",
+        *table("scorer | negatives | " + " | ".join(records_of("training_step")[0]["shares"]), parts()),
+        "",
+        "**The negatives alone** (`prefix_scoring`): ms for scores, MED loss and gradients of 1,024 x 64 negatives, by "
+        "the kernels and by plain torch, one core; and the bytes of rows that 64 sub-models move, beside what a copy "
+        "moves.",
+        "",
+        *table("scorer | negatives | one | 64 | one, torch | 64, torch | GB/s of 64 | of a copy", scoring()),
         "",
         f"**Beside PyKEEN** (`peers`), in the same run, {peer['threads']} core(s), {peer['seconds']:.0f} seconds "
         f"of training for each: triples/s, times PyKEEN's, and MRR on {peer['triples_ranked']:,} validation triples "

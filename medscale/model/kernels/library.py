@@ -73,6 +73,8 @@ def library() -> ctypes.CDLL:
 
 
 def _compile(compiler: str, sources: list[str], path: Path) -> None:
+    if shutil.which(compiler) is None:
+        raise UnsupportedError(f"the CPU kernels need a C++ compiler, and there is no {compiler}; {_REMEDY}")
     log("compiling the CPU kernels for this processor (some seconds, once)")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,7 @@ def _compile(compiler: str, sources: list[str], path: Path) -> None:
                 )
             built.replace(path)
     except OSError as error:
-        raise UnsupportedError(f"the CPU kernels need a C++ compiler and {path.parent}: {error}; {_REMEDY}") from error
+        raise UnsupportedError(f"the CPU kernels cannot be compiled into {path.parent}: {error}; {_REMEDY}") from error
 
 
 def _processor() -> str:
