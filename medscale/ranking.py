@@ -18,7 +18,7 @@ from torch import Tensor
 
 from medscale.errors import NonFiniteError
 from medscale.graph.known_triples import KnownTriples
-from medscale.graph.schema import Side
+from medscale.graph.side import Side
 from medscale.model.embedding import TableRows
 from medscale.model.layout import Layout
 from medscale.model.prefix import PrefixScan, prefix_scan

@@ -33,6 +33,28 @@ def quick(name: str, *options: str) -> list[dict[str, Any]]:
     return result["results"]
 
 
+WITHOUT = """
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torchrec", "fbgemm_gpu", "pyarrow", "ray", "yaml", "duckdb"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+script, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, script.rpartition("/")[0])
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_kernels_are_measured_where_there_is_torch_alone() -> None:
+    options = ["--quick", "--json", "--scorers", "transe", "--systems", "kernel", "--sub-models", "2", "--threads", "1"]
+    command = [sys.executable, "-c", WITHOUT, str(BENCHES / "prefix_scoring.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout)["results"]
+
+
 def test_prefix_scoring(tmp_path: Path) -> None:
     written = tmp_path / "written.json"
     records = quick("prefix_scoring", "--scorers", "distmult", "--sub-models", "2", "--out", str(written))

@@ -17,7 +17,7 @@ from torch import Tensor
 from medscale.batches.order import EpochOrder
 from medscale.config import NegativesSection
 from medscale.graph.known_triples import KnownTriples
-from medscale.graph.schema import Side
+from medscale.graph.side import Side
 from medscale.seed import generator
 from medscale.workers import ALONE, Workers
 

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medscale.graph.reader import Graph
-from medscale.graph.schema import SPLITS, Side
+from medscale.graph.schema import SPLITS
+from medscale.graph.side import Side
 
 __all__ = ["KnownTriples"]
 

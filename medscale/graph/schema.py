@@ -11,7 +11,7 @@ Page checksums are always written and always verified: without them Parquet retu
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,13 +32,10 @@ __all__ = [
     "TRIPLE_COLUMNS",
     "TYPES_SCHEMA",
     "PartWriter",
-    "Side",
     "open_parquet",
     "open_writer",
 ]
 
-#: the slot of a triple that is replaced (negatives) or asked for (ranking)
-Side = Literal["head", "tail"]
 
 GRAPH_KIND = "graph"
 GRAPH_FORMAT = 1

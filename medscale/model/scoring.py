@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from medscale.config import ModelSection
-from medscale.graph.schema import Side
+from medscale.graph.side import Side
 from medscale.model.kernels.levels import Geometry
 
 __all__ = ["Geometry", "Scorer", "scorer_of"]
