@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["train_on_ray"]
 
 #: how often all workers are started anew after one died; each time they go on from the newest committed step
-MAX_FAILURES = 3
+MAX_FAILURES = 10
 #: lies in the run directory while the driver asks the workers to save and stop
 STOP = "stop.request"
 

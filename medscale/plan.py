@@ -25,6 +25,7 @@ from medscale.model.layout import Layout, layout_of
 from medscale.model.prefix import SLICE_NUMBERS
 from medscale.options import job_parser, run_command
 from medscale.sharding import placement_of
+from medscale.split import CHUNK_BYTES
 
 __all__ = ["GraphSize", "Plan", "main", "memory_limit", "plan", "require_fit", "size_of"]
 
@@ -89,6 +90,8 @@ def plan(job: Job, size: GraphSize) -> Plan:
         "graph": _graph_bytes(job, size),
         "batch": _batch_bytes(job, layout),
         "ranking": _ranking_bytes(job, size, layout),
+        # a portion of rows, as read, as Parquet and as safetensors; the C library keeps what training has freed
+        "exporting": min(3 * CHUNK_BYTES, tables),
     }
     if job.runtime.workers > 1 and job.train.validate_every and size.num_valid:
         memory["tables gathered to validate"] = tables

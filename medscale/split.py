@@ -36,7 +36,7 @@ from medscale.storage import (
     sweep_leftovers,
 )
 
-__all__ = ["ModelFacts", "TableSource", "WrittenTier", "check_tiers", "write_export"]
+__all__ = ["CHUNK_BYTES", "ModelFacts", "TableSource", "WrittenTier", "check_tiers", "write_export"]
 
 #: rows of one safetensors shard
 SHARD_ROWS = 1_000_000

@@ -1,6 +1,7 @@
 """The whole job: `python -m medscale.train JOB` prepares the graph, trains, evaluates and exports."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,8 +70,11 @@ def _main(arguments: argparse.Namespace) -> int:
         assert signal_number is not None
         log("run the same command again to go on from there")
         return 128 + signal_number
+    # TorchRec's and DCP's objects refer to each other in circles: their tables would stay beside those read now.
+    gc.collect()
     if graph.num_triples[job.evaluate.split]:
         print_table(*evaluate(job, graph, run_directory))
+    gc.collect()
     export_run(job, runs_dir=arguments.runs_dir, graphs_dir=arguments.graphs_dir)
     log(f"tiers are in {run_directory / 'export'}")
     return 0

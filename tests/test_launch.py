@@ -25,7 +25,7 @@ TOKEN = "token-of-this-test"
 def write_job(folder: Path, workers: int, name: str = "ring") -> Path:
     job = toy_job(
         "complex", name, train={"epochs": 10, "validate_every": 5}, optimizer={"kind": "adagrad"},
-        runtime={"workers": workers, "timeout_s": 20},
+        runtime={"workers": workers, "timeout_s": 20, "memory_gib": 4.0},
     )  # fmt: skip
     path = folder / f"{name}.yaml"
     path.write_text(dump_job(job), encoding="utf-8")
@@ -120,7 +120,7 @@ def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["step:50:1", "step:50:0", "after-shard:5"])
+@pytest.mark.parametrize("fault", ["step:50:1", "step:50:0", "after-shard:15"])
 def test_a_worker_that_dies_is_replaced_and_the_run_ends_as_ever(folder: Path, fault: str) -> None:
     """The new workers count anew, so they die once more before the end."""
     runs = f"killed-{fault.replace(':', '-')}"

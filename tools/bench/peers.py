@@ -207,7 +207,7 @@ def records_of(
             connections.append(here)
     for connection in connections:
         connection.recv()
-    records = {}
+    records: dict[str, Record] = {}
     while len(records) < len(systems):
         for system, connection in zip(systems, connections, strict=True):
             if system not in records:
@@ -216,7 +216,7 @@ def records_of(
                 if record is not None:
                     log(f"{scorer}, {system}: MRR {record['mrr']}, {record['triples_per_s']:,.0f} triples/s")
                     records[system] = record
-    return list(records.values())
+    return [records[system] for system in systems]
 
 
 def main() -> None:
