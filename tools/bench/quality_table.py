@@ -64,9 +64,8 @@ def table() -> str:
         "priority, so its minutes say nothing of its speed. In `fb15k237`, `wn18rr`, `umls` and `quickstart` the "
         "sub-models learn by softmax, damped nesting and mutual learning; evolutionary improvement and dynamic "
         "loss weight are off there. "
-        "All but `fb15k237` and `wn18rr` were measured before the kernels, the `_paper` jobs on a sample of the test "
-        "split that they no longer take; they "
-        "follow the letter of the paper (`preset: paper`) and were cut off after the minutes shown, "
+        "The `_paper` jobs were measured before the kernels, on a sample of the test split that they no longer take; "
+        "they follow the letter of the paper (`preset: paper`) and were cut off after the minutes shown, "
         "a small part of the 3000 epochs that the paper allows; its figures stand beside them. "
         "Every figure is in `tools/bench/results/quality/`, and `python tools/bench/quality.py JOB` measures it anew."
     )
