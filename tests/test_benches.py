@@ -119,7 +119,7 @@ def test_memory(data_dir: Path) -> None:
 def test_peers(data_dir: Path) -> None:
     records = quick("peers", "--data-dir", str(data_dir))
     assert [(r["system"], r["sharing"]) for r in records] == [
-        ("medscale", "chunk32"), ("medscale", "fresh"), ("pykeen", "fresh"), ("pykeen", "fresh"),
+        ("medscale", "chunk32"), ("medscale", "fresh"), ("pykeen", "fresh"),
     ]  # fmt: skip
     for record in records:
         assert 0 < record["mrr"] <= 1
