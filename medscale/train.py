@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,9 +68,9 @@ def _main(arguments: argparse.Namespace) -> int:
     run_directory = arguments.runs_dir / job.name
     outcome, signal_number = train(job, graph, run_directory, resume=arguments.resume)
     if outcome is Outcome.INTERRUPTED:
-        assert signal_number is not None
         log("run the same command again to go on from there")
-        return 128 + signal_number
+        # A node that is taken away asks without a signal that this process hears.
+        return 128 + (signal_number or signal.SIGTERM)
     # TorchRec's and DCP's objects refer to each other in circles: their tables would stay beside those read now.
     gc.collect()
     if graph.num_triples[job.evaluate.split]:
