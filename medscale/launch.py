@@ -21,9 +21,11 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from medscale import errors
 from medscale.config import Job
 from medscale.errors import CapacityError, MedscaleError, WorkerError
+from medscale.evaluators import RayEvaluators, start_evaluators
 from medscale.graph.reader import Graph, open_graph
 from medscale.jobfile import dump_job, parse_job
 from medscale.logs import log, silence
+from medscale.readers import feed_of, start_readers
 from medscale.workers import Workers
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
             _work,
             train_loop_config={
                 "job": dump_job(job), "graph": str(graph.directory.resolve()), "run": str(run_directory.resolve()),
-                "resume": resume,
+                "resume": resume, "readers": start_readers(job, graph),
+                "evaluators": start_evaluators(job, graph, run_directory),
             },
             torch_config=TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout_s=job.runtime.timeout_s
@@ -79,7 +82,7 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
     return Outcome[ending["outcome"]], signals[0] if signals else ending["signal"]
 
 
-def _work(settings: Mapping[str, str]) -> Mapping[str, Any]:
+def _work(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Do one worker's part; return what the driver shall tell."""
     # Ray Train lets libraries tell everything, FBGEMM as soon as it is imported.
     logging.getLogger().setLevel(logging.WARNING)
@@ -96,6 +99,8 @@ def _work(settings: Mapping[str, str]) -> Mapping[str, Any]:
         outcome, number = train_worker(
             job, graph, run_directory, device, workers, settings["resume"],
             local_workers=context.get_local_world_size(), stop_wanted=_stop_wanted(run_directory / STOP),
+            feed=feed_of(settings["readers"], job, graph) if settings["readers"] else None,
+            evaluators=RayEvaluators(settings["evaluators"]) if settings["evaluators"] else None,
         )  # fmt: skip
     except WorkerError:
         raise  # Ray starts all workers anew

@@ -19,9 +19,9 @@ LAYERS = (
     ("model",),
     ("loss", "objective"),
     ("distributed", "sharding", "optimizer"),
-    ("checkpoint", "ranking", "metrics"),
+    ("checkpoint", "ranking", "metrics", "finite", "validation"),
     ("trainer", "prepare", "evaluate", "split", "plan", "doctor", "report"),
-    ("launch", "train", "export", "cli"),
+    ("launch", "readers", "evaluators", "train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
