@@ -52,6 +52,7 @@ from medscale.optimizer import Optimizers, fused_optimizer, learning_rate_factor
 from medscale.pulse import naming_the_silent
 from medscale.sharding import placement_of
 from medscale.storage import fault_point, write_atomic
+from medscale.telemetry import collective_milliseconds, memory_mib
 from medscale.validation import Evaluators, Validation, count_committed, mrr_by_dim, watched_mrr
 from medscale.workers import ALONE, Workers
 
@@ -109,6 +110,8 @@ class Trainer:
         self.progress = Progress()
         self.validation = Validation(job, graph, self.layout, workers)
         self.evaluators = evaluators
+        #: seconds that steps have waited for their batches since the last one that was logged
+        self._waited = 0.0
         #: the signal that asked to stop
         self.signal_number: int | None = None
         self._stop_wanted = stop_wanted
@@ -160,15 +163,18 @@ class Trainer:
                 return Outcome.STOPPED_EARLY
             clock, trained = time.monotonic(), 0.0
             for batch in self._prefetched():
-                terms = self.train_step(batch)
-                trained += batch.num_triples
-                step = self.progress.step
+                step = self.progress.step + 1
                 logged = step % self.job.train.log_every == 0 or step == self.total_steps
+                with collective_milliseconds(wanted=logged and self.workers.size > 1) as collectives:
+                    terms = self.train_step(batch)
+                trained += batch.num_triples
                 rate = trained / (time.monotonic() - clock)
                 if logged or display.due():
                     display.update(step, rate, terms.means())
                 if logged:
-                    run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1)})
+                    run_log.write("train", step, {
+                        **self._described(terms), "triples_per_s": round(rate, 1), **self._spent(collectives),
+                    })  # fmt: skip
                     clock, trained = time.monotonic(), 0.0
                 if self._validation_due():
                     self._validate()
@@ -315,6 +321,15 @@ class Trainer:
         epoch = (self.progress.step - 1) // self.batches.steps_per_epoch + 1
         return {"epoch": epoch, **terms.means(), **scaling, "hard_by_dim": hard}
 
+    def _spent(self, collectives: dict[str, float]) -> dict[str, Any]:
+        """Return what this step, or all since the last that was logged, cost each worker, by rank. Collective."""
+        own = {"batch_wait_s": round(self._waited, 4), **memory_mib(self.device)}
+        own |= {f"{kind}_ms": milliseconds for kind, milliseconds in collectives.items()}
+        self._waited = 0.0
+        by_rank = list(enumerate(self.workers.all_of(own)))
+        spent = {name: {str(rank): each.get(name, 0.0) for rank, each in by_rank} for name in own}
+        return {**spent, **self.batches.described()}
+
     def _prefetched(self) -> Iterator[CorruptionBatch | QueryBatch]:
         """Yield the remaining batches, each prepared by a thread while the one before is trained on."""
         if self.progress.step >= self.total_steps:
@@ -323,7 +338,9 @@ class Trainer:
             prepare: Callable[[int], CorruptionBatch | QueryBatch] = self.batches.batch
             coming = pool.submit(prepare, self.progress.step)
             for step in range(self.progress.step, self.total_steps):
+                start = time.monotonic()
                 batch = coming.result()
+                self._waited += time.monotonic() - start
                 if step + 1 < self.total_steps:
                     coming = pool.submit(prepare, step + 1)
                 yield batch.to(self.device)

@@ -19,7 +19,7 @@ LAYERS = (
     ("model",),
     ("loss", "objective"),
     ("distributed", "sharding", "optimizer"),
-    ("checkpoint", "ranking", "metrics", "finite", "validation"),
+    ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
     ("trainer", "prepare", "evaluate", "split", "plan", "doctor", "report"),
     ("launch", "readers", "evaluators", "train", "export", "cli"),
 )

@@ -107,6 +107,10 @@ class CorruptionBatches:
         parts = [self._corruption(*part, draws) for part in self._parts(triples, step)]
         return _compact(parts, self.workers, len(triples))
 
+    def described(self) -> dict[str, Any]:
+        """Return, for the run's log, what the readers have done."""
+        return self.feed.described()
+
     def _parts(self, triples: Ids, step: int) -> Iterator[tuple[Side, Ids, int]]:
         """Yield (side to replace, triples [X, P, 3], candidates per chunk)."""
         section = self.section

@@ -8,7 +8,7 @@ few partitions ahead, so a slow trainer holds a fixed number of them.
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -112,8 +112,13 @@ class Feed:
         return np.concatenate(pieces)
 
     def described(self) -> dict[str, Any]:
-        """Return what the readers have done, and how long steps have waited for them."""
-        return {"reader_wait_s": self.waited, "readers": [asdict(counts) for counts in self._counts()]}
+        """Return, for the run's log, what each reader has done and how long steps have waited for readers."""
+        counts = self._counts()
+        return {
+            "reader_wait_s": round(self.waited, 6),
+            "reader_triples": {str(c.reader): c.triples for c in counts},
+            "reader_triples_per_s": {str(c.reader): round(c.triples / (c.seconds or 1e-9)) for c in counts},
+        }
 
     def _partition(self, epoch: int, place: int) -> Ids:
         wanted = [

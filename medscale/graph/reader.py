@@ -171,12 +171,14 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def _row_groups(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    where = "its footer"
     try:
         with open_parquet(path) as parquet:
             if not parquet.schema_arrow.equals(schema):
                 found = ", ".join(f"{field.name} {field.type}" for field in parquet.schema_arrow)
                 raise GraphError(f"{path} has columns {found}, not a graph's; prepare the graph anew")
             for group in range(parquet.metadata.num_row_groups):
+                where = f"row group {group}"
                 yield parquet.read_row_group(group)
     except (pa.ArrowException, OSError) as cause:
-        raise GraphError(f"{path} is damaged or missing: {cause}; prepare the graph anew") from None
+        raise GraphError(f"{path} is damaged or missing, at {where}: {cause}; prepare the graph anew") from None
