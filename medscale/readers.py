@@ -4,6 +4,7 @@ A partition goes through the object store once, however many workers ask for it;
 memory. Readers do what they are asked for and no more: what waits in memory is what workers asked for ahead.
 """
 
+import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,11 @@ class Reader:
             while len(self._recent) > self._kept:
                 self._recent.popitem(last=False)
         return [self._recent[key]], self._reader.counts
+
+
+    def pid(self) -> int:
+        """Return the number of this process, for those who measure it."""
+        return os.getpid()
 
 
 def start_readers(job: Job, graph: Graph) -> list[Any]:
