@@ -1,7 +1,8 @@
 """Several workers: Ray Train starts them, each runs `train_worker`, and Ray replaces those that die.
 
-Graph and run directory lie on a file system that all nodes see. A run goes on from the newest committed step of
-its run directory, whatever Ray remembers: a worker may die between the commit and any report of it.
+The run directory lies on a file system that all nodes see; the graph too, or behind a URI that all nodes reach. A run
+goes on from the newest committed step of its run directory, whatever Ray remembers: a worker may die between the
+commit and any report of it.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from medscale.config import Job
 from medscale.errors import CapacityError, MedscaleError, WorkerError
 from medscale.graph.reader import Graph, open_graph
 from medscale.jobfile import dump_job, parse_job
+from medscale.location import address, parse_location
 from medscale.logs import log, silence
 from medscale.workers import Workers
 
@@ -53,7 +55,7 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
         trainer = TorchTrainer(
             _work,
             train_loop_config={
-                "job": dump_job(job), "graph": str(graph.directory.resolve()), "run": str(run_directory.resolve()),
+                "job": dump_job(job), "graph": address(graph.directory), "run": str(run_directory.resolve()),
                 "resume": resume,
             },
             torch_config=TorchConfig(
@@ -92,7 +94,7 @@ def _work(settings: Mapping[str, str]) -> Mapping[str, Any]:
         silence()
     job, run_directory = parse_job(settings["job"], "job.yaml"), Path(settings["run"])
     try:
-        graph = open_graph(Path(settings["graph"]), verify=False)
+        graph = open_graph(parse_location(settings["graph"]), verify=False)
         outcome, number = train_worker(
             job, graph, run_directory, device, workers, settings["resume"],
             local_workers=context.get_local_world_size(), stop_wanted=_stop_wanted(run_directory / STOP),
