@@ -24,7 +24,6 @@ from medscale.config import Job
 from medscale.errors import CapacityError, MedscaleError, WorkerError
 from medscale.graph.reader import Graph, open_graph
 from medscale.jobfile import dump_job, parse_job
-from medscale.location import address, parse_location
 from medscale.logs import log, silence
 from medscale.workers import Workers
 
@@ -55,7 +54,8 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
         trainer = TorchTrainer(
             _work,
             train_loop_config={
-                "job": dump_job(job), "graph": address(graph.directory), "run": str(run_directory.resolve()),
+                # A location, not its URI: Ray's dashboard shows these, and a URI's query may be secret.
+                "job": dump_job(job), "graph": graph.directory.resolve(), "run": str(run_directory.resolve()),
                 "resume": resume,
             },
             torch_config=TorchConfig(
@@ -81,7 +81,7 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
     return Outcome[ending["outcome"]], signals[0] if signals else ending["signal"]
 
 
-def _work(settings: Mapping[str, str]) -> Mapping[str, Any]:
+def _work(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Do one worker's part; return what the driver shall tell."""
     # Ray Train lets libraries tell everything, FBGEMM as soon as it is imported.
     logging.getLogger().setLevel(logging.WARNING)
@@ -94,7 +94,7 @@ def _work(settings: Mapping[str, str]) -> Mapping[str, Any]:
         silence()
     job, run_directory = parse_job(settings["job"], "job.yaml"), Path(settings["run"])
     try:
-        graph = open_graph(parse_location(settings["graph"]), verify=False)
+        graph = open_graph(settings["graph"], verify=False)
         outcome, number = train_worker(
             job, graph, run_directory, device, workers, settings["resume"],
             local_workers=context.get_local_world_size(), stop_wanted=_stop_wanted(run_directory / STOP),

@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from medscale.errors import GraphError
 
-__all__ = ["STREAMS", "Location", "RemotePath", "address", "parse_location"]
+__all__ = ["STREAMS", "Location", "RemotePath", "parse_location"]
 
 #: bytes per request while a file is read or written from front to back: object stores bill and delay each request
 CHUNK_BYTES = 8 << 20
@@ -53,7 +53,7 @@ class RemotePath:
 
     @property
     def uri(self) -> str:
-        """The whole URI, for another process; not for messages."""
+        """The whole URI, which `parse_location` takes; not for messages."""
         return f"{self.root}/{quote(self.key)}" + (f"?{self.query}" if self.query else "")
 
     @property
@@ -66,6 +66,10 @@ class RemotePath:
         """What `filesystem` calls this path, such as bucket/graphs/toy."""
         top = _connected(self.root, self.query)[1]
         return f"{top}{self.key}" if top in ("", "/") else f"{top}/{self.key}".rstrip("/")
+
+    def resolve(self) -> "RemotePath":
+        """Return it: a URI means the same in every directory of every process."""
+        return self
 
     def open(self, mode: Literal["rb"]) -> BufferedReader:
         """Open the file to be read from front to back."""
@@ -126,11 +130,6 @@ def parse_location(text: str) -> Location:
             raise GraphError(f"file://{host}{key} lies on another host; write file:///PATH for a file of this one")
         return Path(key)
     return RemotePath(f"{parts.scheme}://{parts.netloc}", key.strip("/"), parts.query)
-
-
-def address(location: Location) -> str:
-    """Return the text by which `parse_location` finds the location in another process, whatever its directory."""
-    return location.uri if isinstance(location, RemotePath) else location.resolve().as_uri()
 
 
 @functools.cache
