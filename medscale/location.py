@@ -64,8 +64,8 @@ class RemotePath:
     @property
     def path(self) -> str:
         """What `filesystem` calls this path, such as bucket/graphs/toy."""
-        top = _connected(self.root, self.query)[1]
-        return f"{top}{self.key}" if top in ("", "/") else f"{top}/{self.key}".rstrip("/")
+        top = _connected(self.root, self.query)[1]  # such as "bucket", or "/" on HDFS
+        return f"{top.rstrip('/')}/{self.key}".rstrip("/") or "/"
 
     def resolve(self) -> "RemotePath":
         """Return it: a URI means the same in every directory of every process."""
@@ -143,5 +143,5 @@ def _connected(root: str, query: str) -> tuple[Any, str]:
     except (OSError, ValueError) as cause:
         # pyarrow repeats the URI that it was given.
         secret = re.compile("|".join(map(re.escape, filter(None, (f"{root}/?{query}", query, f"{root}/")))))
-        raise OSError(secret.sub("the URI", str(cause))) from None
+        raise OSError(secret.sub("the URI", str(cause).splitlines()[0])) from None
     return filesystem, top
