@@ -17,6 +17,7 @@ from medscale.distributed import choose_threads
 from medscale.errors import MedscaleError, WorkerError
 from medscale.graph.reader import Graph, open_graph
 from medscale.jobfile import dump_job, parse_job
+from medscale.location import Location
 from medscale.validation import count_committed
 
 __all__ = ["RayEvaluators", "start_evaluators"]
@@ -25,10 +26,10 @@ __all__ = ["RayEvaluators", "start_evaluators"]
 class Evaluator:
     """One process that counts a part of the entities."""
 
-    def __init__(self, job: str, graph_directory: str, run_directory: str, part: int) -> None:
+    def __init__(self, job: str, graph_directory: Location, run_directory: Path, part: int) -> None:
         self._job, self._part = parse_job(job, "job.yaml"), part
-        self._graph = open_graph(Path(graph_directory), verify=False)
-        self._run_directory = Path(run_directory)
+        self._graph = open_graph(graph_directory, verify=False)
+        self._run_directory = run_directory
         choose_threads(self._job.runtime, self._job.runtime.evaluators)
 
     def count(self, step: int) -> NDArray[np.int64]:
@@ -42,7 +43,7 @@ def start_evaluators(job: Job, graph: Graph, run_directory: Path) -> list[Any]:
     """Start the job's evaluators, and return their handles; each is started anew when it dies."""
     # They reserve no core, as readers do not.
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(Evaluator)
-    places = str(graph.directory.resolve()), str(run_directory.resolve())
+    places = graph.directory.resolve(), run_directory.resolve()
     return [actor.remote(dump_job(job), *places, part) for part in range(job.runtime.evaluators)]
 
 

@@ -1,7 +1,8 @@
 """Several workers: Ray Train starts them, each runs `train_worker`, and Ray replaces those that die.
 
-Graph and run directory lie on a file system that all nodes see. A run goes on from the newest committed step of
-its run directory, whatever Ray remembers: a worker may die between the commit and any report of it.
+The run directory lies on a file system that all nodes see; the graph too, or behind a URI that all nodes reach. A run
+goes on from the newest committed step of its run directory, whatever Ray remembers: a worker may die between the
+commit and any report of it.
 """
 
 import contextlib
@@ -55,7 +56,8 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
         trainer = TorchTrainer(
             _work,
             train_loop_config={
-                "job": dump_job(job), "graph": str(graph.directory.resolve()), "run": str(run_directory.resolve()),
+                # A location, not its URI: Ray's dashboard shows these, and a URI's query may be secret.
+                "job": dump_job(job), "graph": graph.directory.resolve(), "run": str(run_directory.resolve()),
                 "resume": resume, "readers": start_readers(job, graph),
                 "evaluators": start_evaluators(job, graph, run_directory),
             },
@@ -95,7 +97,7 @@ def _work(settings: Mapping[str, Any]) -> Mapping[str, Any]:
         silence()
     job, run_directory = parse_job(settings["job"], "job.yaml"), Path(settings["run"])
     try:
-        graph = open_graph(Path(settings["graph"]), verify=False)
+        graph = open_graph(settings["graph"], verify=False)
         outcome, number = train_worker(
             job, graph, run_directory, device, workers, settings["resume"],
             local_workers=context.get_local_world_size(), stop_wanted=_stop_wanted(run_directory / STOP),

@@ -6,7 +6,6 @@ memory. Readers do what they are asked for and no more: what waits in memory is 
 
 import os
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from medscale.batches.partitions import Feed, PartitionReader, ReaderCounts, ord
 from medscale.config import Job
 from medscale.errors import MedscaleError, WorkerError
 from medscale.graph.reader import Graph, open_graph
+from medscale.location import Location
 
 __all__ = ["feed_of", "start_readers"]
 
@@ -28,8 +28,8 @@ _ATTEMPTS = 5
 class Reader:
     """One process that reads; the last partitions it still has, for the other workers that ask."""
 
-    def __init__(self, graph_directory: str, seed: int, number: int, kept: int) -> None:
-        self._reader = PartitionReader(open_graph(Path(graph_directory), verify=False), seed, number)
+    def __init__(self, graph_directory: Location, seed: int, number: int, kept: int) -> None:
+        self._reader = PartitionReader(open_graph(graph_directory, verify=False), seed, number)
         self._kept = kept
         self._recent: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
@@ -42,7 +42,6 @@ class Reader:
                 self._recent.popitem(last=False)
         return [self._recent[key]], self._reader.counts
 
-
     def pid(self) -> int:
         """Return the number of this process, for those who measure it."""
         return os.getpid()
@@ -52,9 +51,7 @@ def start_readers(job: Job, graph: Graph) -> list[Any]:
     """Start the job's readers, and return their handles; each is started anew when it dies."""
     # They reserve no core: a cluster has its workers' cores, and readers work in the gaps.
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(Reader)
-    return [
-        actor.remote(str(graph.directory.resolve()), job.seed, number, kept=3) for number in range(job.runtime.readers)
-    ]
+    return [actor.remote(graph.directory.resolve(), job.seed, number, kept=3) for number in range(job.runtime.readers)]
 
 
 def feed_of(readers: list[Any], job: Job, graph: Graph) -> Feed:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "medscale"
 
 #: the import table: a module may import from layers below its own, and from its own without cycles
 LAYERS = (
-    ("errors", "storage", "manifest", "seed", "logs"),
+    ("errors", "location", "storage", "manifest", "seed", "logs"),
     ("config", "jobfile", "options", "workers", "pulse"),
     ("graph",),
     ("batches",),
