@@ -34,7 +34,7 @@ def test_placement_and_tables_of_each_worker(
 ) -> None:
     predicted = plan(job_for(workers, memory_gib, block_units=block_units), BILLION)
     assert predicted.placement.startswith(placement)
-    held = predicted.memory["entity tables"] / 10**9
+    held = predicted.memory.host["entity tables"] / 10**9
     if block_units is None or placement == "row_wise":
         assert held == pytest.approx(tables_gib, rel=0.02)
     else:

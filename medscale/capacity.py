@@ -1,0 +1,166 @@
+"""Whether a job's workers can hold it, by which placement, and how few of them would do."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from medscale.config import Job
+from medscale.errors import CapacityError
+from medscale.memory import GraphSize, Memory, memory_of
+from medscale.model.embedding import TableMemory
+from medscale.model.layout import layout_of
+from medscale.sharding import placement_of
+
+__all__ = [
+    "Limits",
+    "advice_on",
+    "fitting",
+    "in_gib",
+    "limits_of",
+    "on_cuda",
+    "require_memory",
+    "smallest_fitting",
+]
+
+#: no search for a number of workers goes beyond
+MOST_WORKERS = 1024
+
+#: the fastest first
+_TABLE_MEMORY: Final[tuple[TableMemory, ...]] = ("device", "uvm_caching", "ssd")
+
+_ADVICE = {
+    "tables gathered to validate": "Set train.validate_every: 0, or more memory (runtime.memory_gib)",
+    "batch": "Lower train.batch_size or negatives.number",
+    "graph": "This graph needs a larger machine",
+    "ranking": "Lower evaluate.memory_mib",
+    "optimizer state": "Use optimizer.kind rowwise_adagrad, or smaller model.dims",
+    "cached rows": "Lower runtime.cache_fraction, or use more workers",
+    "rows sent and received": "Use more workers with placement table_wise, or a smaller train.batch_size",
+    "a block to be saved": "Cut narrower blocks with model.block_units, or use more workers",
+    "entity tables": "Use smaller model.dims, more workers, or more memory (runtime.memory_gib)",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that each worker may count on; None: unknown here."""
+
+    host: int | None
+    device: int | None = None
+
+    def hold(self, memory: Memory) -> bool:
+        """Whether a worker's needs fit, as far as is known."""
+        needs = ((memory.host, self.host), (memory.device, self.device))
+        return all(limit is None or sum(parts.values()) <= limit for parts, limit in needs)
+
+
+def on_cuda(job: Job) -> bool:
+    """Whether the job's workers train on GPUs, as far as this machine can tell."""
+    return job.runtime.device == "cuda" or (job.runtime.device == "auto" and torch.cuda.is_available())
+
+
+def limits_of(job: Job) -> Limits:
+    """Return what a worker may count on: the job's word, or its part of what is free here, within limits."""
+    given = None if job.runtime.memory_gib is None else int(job.runtime.memory_gib * 2**30)
+    if not on_cuda(job):
+        return Limits(_free_memory() // job.runtime.workers if given is None else given)
+    here = torch.cuda.device_count()
+    if given is None and here:
+        given = torch.cuda.mem_get_info()[0]
+    # How many workers share a host is known of this one at most.
+    return Limits(_free_memory() // min(job.runtime.workers, here) if here else None, given)
+
+
+def _free_memory() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(free, int(text)) if text.isdigit() else free
+
+
+def require_memory(job: Job, memory: Memory, limits: Limits) -> None:
+    """Refuse a job that its workers cannot hold, as far as is known.
+
+    Raises:
+        CapacityError: names what is needed, what there is, and the largest part of it.
+
+    """
+    _require_part(job, memory.device, limits.device, "GPU memory")
+    _require_part(job, memory.host, limits.host, "memory")
+
+
+def _require_part(job: Job, parts: Mapping[str, int], limit: int | None, kind: str) -> None:
+    needed = sum(parts.values())
+    if limit is None or needed <= limit:
+        return
+    largest = max(parts, key=lambda part: parts[part])
+    each = f" on each of {job.runtime.workers} workers" if job.runtime.workers > 1 else ""
+    raise CapacityError(
+        f"job {job.name} needs {in_gib(needed)} GiB of {kind}{each} and may count on {in_gib(limit)} GiB; the "
+        f"largest part is the {largest} with {in_gib(parts[largest])} GiB. {_ADVICE.get(largest, _ADVICE['entity tables'])}"
+    )
+
+
+def _choices(job: Job) -> Iterator[Job]:
+    """Yield the job with each placement and place of its tables that it leaves open, the fastest first."""
+    runtime = job.runtime
+    both: tuple[Literal["table_wise", "row_wise"], ...] = ("table_wise", "row_wise")
+    by = both if runtime.placement == "auto" else (runtime.placement,)
+    places = _TABLE_MEMORY if on_cuda(job) else _TABLE_MEMORY[:1]
+    for place in places[places.index(runtime.table_memory) :]:
+        for placement in by[: runtime.workers]:
+            yield replace(job, runtime=replace(runtime, placement=placement, table_memory=place))
+
+
+def fitting(job: Job, size: GraphSize, limits: Limits) -> Job | None:
+    """Return the job with the first placement by which its workers fit, or None."""
+    layout = layout_of(job.model, size.num_entities, size.num_relations)
+    for choice in _choices(job):
+        placement = placement_of(layout, choice.runtime)
+        if limits.hold(memory_of(choice, size, layout, placement, on_cuda=on_cuda(job))):
+            return choice
+    return None
+
+
+def smallest_fitting(job: Job, size: GraphSize, limits: Limits, *, place: str | None = None) -> Job | None:
+    """Return the job with the fewest workers that fit, `place` being where their tables lie if it is given."""
+    for workers in range(1, MOST_WORKERS + 1):
+        choice = fitting(replace(job, runtime=replace(job.runtime, workers=workers)), size, limits)
+        if choice is not None and place in (None, choice.runtime.table_memory):
+            return choice
+    return None
+
+
+def advice_on(job: Job, size: GraphSize, limits: Limits) -> str:
+    """Return in words which placement the job's workers need, and how few would do."""
+    if limits.device is None and limits.host is None:
+        return ""
+    found, smallest = fitting(job, size, limits), smallest_fitting(job, size, limits)
+    on_device = smallest_fitting(job, size, limits, place="device") if on_cuda(job) else smallest
+    words = [_needed(job.runtime.workers, found)]
+    if smallest is None:
+        words.append(f"no number of workers up to {MOST_WORKERS:,} would do")
+    elif smallest.runtime.workers != job.runtime.workers or found is None:
+        words.append(f"the smallest number: {_needed(smallest.runtime.workers, smallest)}")
+    if on_device is not None and smallest is not None and on_device != smallest:
+        words.append(f"with tables on the GPUs: {_needed(on_device.runtime.workers, on_device)}")
+    return "; ".join(words)
+
+
+def _needed(workers: int, choice: Job | None) -> str:
+    number = f"{workers:,} worker{'s' * (workers > 1)}"
+    if choice is None:
+        return f"no placement on {number} would do"
+    runtime = choice.runtime
+    refused = ", which training refuses" if runtime.table_memory == "ssd" else ""
+    tables = f"table_memory {runtime.table_memory}{refused}"
+    return f"{number} with " + (f"placement {runtime.placement}, {tables}" if workers > 1 else tables)
+
+
+def in_gib(number: int) -> str:
+    """Return bytes in words, without the unit."""
+    return f"{number / 2**30:,.2f}"
