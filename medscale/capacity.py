@@ -1,6 +1,6 @@
 """Whether a job's workers can hold it, by which placement, and how few of them would do."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -15,6 +15,7 @@ from medscale.model.layout import layout_of
 from medscale.sharding import placement_of
 
 __all__ = [
+    "Fit",
     "Limits",
     "advice_on",
     "fitting",
@@ -100,9 +101,29 @@ def _require_part(job: Job, parts: Mapping[str, int], limit: int | None, kind: s
     largest = max(parts, key=lambda part: parts[part])
     each = f" on each of {job.runtime.workers} workers" if job.runtime.workers > 1 else ""
     raise CapacityError(
-        f"job {job.name} needs {in_gib(needed)} GiB of {kind}{each} and may count on {in_gib(limit)} GiB; the "
-        f"largest part is the {largest} with {in_gib(parts[largest])} GiB. {_ADVICE.get(largest, _ADVICE['entity tables'])}"
+        f"job {job.name} needs {in_gib(needed)} GiB of {kind}{each} and may count on {in_gib(limit)} GiB; the largest "
+        f"part is the {largest} with {in_gib(parts[largest])} GiB. {_ADVICE.get(largest, _ADVICE['entity tables'])}"
     )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A placement by which a job fits: the job with its keys, and what a worker then holds."""
+
+    job: Job
+    memory: Memory
+
+    def __str__(self) -> str:
+        runtime, words = self.job.runtime, [_workers(self.job)]
+        if runtime.workers > 1:
+            words.append(f"runtime.placement {runtime.placement}")
+        if self.memory.device:
+            words.append(f"table_memory {runtime.table_memory}")
+            words.append(f"{in_gib(sum(self.memory.device.values()))} GiB of each GPU")
+            words.append(f"{in_gib(sum(self.memory.host.values()))} GiB of its host")
+        if runtime.table_memory == "ssd":
+            words.append("which training refuses")
+        return ", ".join(words)
 
 
 def _choices(job: Job) -> Iterator[Job]:
@@ -116,49 +137,46 @@ def _choices(job: Job) -> Iterator[Job]:
             yield replace(job, runtime=replace(runtime, placement=placement, table_memory=place))
 
 
-def fitting(job: Job, size: GraphSize, limits: Limits) -> Job | None:
-    """Return the job with the first placement by which its workers fit, or None."""
+def fitting(job: Job, size: GraphSize, limits: Limits) -> Fit | None:
+    """Return the first placement by which the job's workers fit, or None."""
     layout = layout_of(job.model, size.num_entities, size.num_relations)
     for choice in _choices(job):
-        placement = placement_of(layout, choice.runtime)
-        if limits.hold(memory_of(choice, size, layout, placement, on_cuda=on_cuda(job))):
-            return choice
+        memory = memory_of(choice, size, layout, placement_of(layout, choice.runtime), on_cuda=on_cuda(job))
+        if limits.hold(memory):
+            return Fit(choice, memory)
     return None
 
 
-def smallest_fitting(job: Job, size: GraphSize, limits: Limits, *, place: str | None = None) -> Job | None:
-    """Return the job with the fewest workers that fit, `place` being where their tables lie if it is given."""
+def smallest_fitting(job: Job, size: GraphSize, limits: Limits, places: Collection[TableMemory]) -> Fit | None:
+    """Return the fewest workers that fit with their tables in one of `places`."""
     for workers in range(1, MOST_WORKERS + 1):
-        choice = fitting(replace(job, runtime=replace(job.runtime, workers=workers)), size, limits)
-        if choice is not None and place in (None, choice.runtime.table_memory):
-            return choice
+        fit = fitting(replace(job, runtime=replace(job.runtime, workers=workers)), size, limits)
+        if fit is not None and fit.job.runtime.table_memory in places:
+            return fit
     return None
 
 
 def advice_on(job: Job, size: GraphSize, limits: Limits) -> str:
-    """Return in words which placement the job's workers need, and how few would do."""
+    """Return in a sentence which placement the job's workers need, and how few would do; empty: nothing to say."""
     if limits.device is None and limits.host is None:
         return ""
-    found, smallest = fitting(job, size, limits), smallest_fitting(job, size, limits)
-    on_device = smallest_fitting(job, size, limits, place="device") if on_cuda(job) else smallest
-    words = [_needed(job.runtime.workers, found)]
-    if smallest is None:
-        words.append(f"no number of workers up to {MOST_WORKERS:,} would do")
-    elif smallest.runtime.workers != job.runtime.workers or found is None:
-        words.append(f"the smallest number: {_needed(smallest.runtime.workers, smallest)}")
-    if on_device is not None and smallest is not None and on_device != smallest:
-        words.append(f"with tables on the GPUs: {_needed(on_device.runtime.workers, on_device)}")
-    return "; ".join(words)
+    found = fitting(job, size, limits)
+    words = [str(found) if found else f"no placement on {_workers(job)} would do"]
+    places: list[TableMemory] = ["device", "uvm_caching"] if on_cuda(job) else ["device"]
+    # Training refuses ssd, so that it is planned only for jobs that ask for it.
+    fewest = smallest_fitting(job, size, limits, ["ssd"] if job.runtime.table_memory == "ssd" else places)
+    on_device = smallest_fitting(job, size, limits, ["device"]) if on_cuda(job) else fewest
+    if fewest is None:
+        words.append(f"nor would one on up to {MOST_WORKERS:,}" if found is None else "")
+    elif fewest != found:
+        words.append(f"the fewest: {fewest}")
+    if on_device not in (None, found, fewest):
+        words.append(f"with tables on the GPUs: {on_device}")
+    return "; ".join(filter(None, words)) if len(words) > 1 or on_cuda(job) or job.runtime.workers > 1 else ""
 
 
-def _needed(workers: int, choice: Job | None) -> str:
-    number = f"{workers:,} worker{'s' * (workers > 1)}"
-    if choice is None:
-        return f"no placement on {number} would do"
-    runtime = choice.runtime
-    refused = ", which training refuses" if runtime.table_memory == "ssd" else ""
-    tables = f"table_memory {runtime.table_memory}{refused}"
-    return f"{number} with " + (f"placement {runtime.placement}, {tables}" if workers > 1 else tables)
+def _workers(job: Job) -> str:
+    return f"{job.runtime.workers:,} worker{'s' * (job.runtime.workers > 1)}"
 
 
 def in_gib(number: int) -> str:

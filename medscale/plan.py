@@ -205,19 +205,17 @@ def _main(arguments: argparse.Namespace) -> int:
     if predicted.step_seconds:
         _print_pace(predicted, speeds)
     advice = advice_on(job, size, limits)
-    # What is planned for machines elsewhere is not measured against this one's disk.
-    elsewhere = arguments.workers is not None or arguments.device is not None
     try:
-        if elsewhere:
-            require_memory(job, predicted.memory, limits)
-        else:
-            require_fit(job, predicted, arguments.runs_dir, limits)
+        require_memory(job, predicted.memory, limits)
     except CapacityError as error:
-        raise CapacityError(f"{error}. {advice}") from None
-    unknown = (
-        " (how much memory a GPU has is not known here: --memory-gib)" if on_cuda(job) and not limits.device else ""
-    )
-    print(f"{job.name} fits{unknown}. {advice}" if advice else f"{job.name} fits{unknown}.")
+        raise CapacityError(f"{error}. What would fit: {advice}" if advice else str(error)) from None
+    # What is planned for machines elsewhere is not measured against this one's disk.
+    if arguments.workers is None and arguments.device is None:
+        require_fit(job, predicted, arguments.runs_dir, limits)
+    if on_cuda(job) and limits.device is None:
+        print(f"{job.name} fits if its GPUs do; there is none here to ask: --memory-gib says how much memory each has.")
+    else:
+        print(f"{job.name} fits{f': {advice}' if advice else ''}.")
     return 0
 
 

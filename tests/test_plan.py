@@ -44,7 +44,7 @@ def test_placement_and_tables_of_each_worker(
 def test_tables_are_balanced_and_every_block_has_a_place() -> None:
     job = job_for(8, 10_000, block_units=16)
     layout = layout_of(job.model, 1000, 10)
-    placement = placement_of(layout, job.runtime)
+    placement = placement_of(layout, job.runtime).ranks
     widths = [sum(b.width for b in layout.blocks if placement[b.name] == rank) for rank in range(8)]
     assert placement.keys() == {block.name for block in layout.blocks}
     assert max(widths) - min(widths) <= max(block.width for block in layout.blocks)
