@@ -29,6 +29,9 @@ __all__ = [
 #: no search for a number of workers goes beyond
 MOST_WORKERS = 1024
 
+#: the cache that is tried where the default one does not fit
+_SMALL_CACHE = 0.05
+
 #: the fastest first
 _TABLE_MEMORY: Final[tuple[TableMemory, ...]] = ("device", "uvm_caching", "ssd")
 
@@ -119,6 +122,8 @@ class Fit:
             words.append(f"runtime.placement {runtime.placement}")
         if self.memory.device:
             words.append(f"table_memory {runtime.table_memory}")
+            if runtime.cache_fraction is not None:
+                words.append(f"cache_fraction {runtime.cache_fraction:g}")
             words.append(f"{in_gib(sum(self.memory.device.values()))} GiB of each GPU")
             words.append(f"{in_gib(sum(self.memory.host.values()))} GiB of its host")
         if runtime.table_memory == "ssd":
@@ -133,8 +138,11 @@ def _choices(job: Job) -> Iterator[Job]:
     by = both if runtime.placement == "auto" else (runtime.placement,)
     places = _TABLE_MEMORY if on_cuda(job) else _TABLE_MEMORY[:1]
     for place in places[places.index(runtime.table_memory) :]:
-        for placement in by[: runtime.workers]:
-            yield replace(job, runtime=replace(runtime, placement=placement, table_memory=place))
+        left_open = place != "device" and runtime.cache_fraction is None
+        for fraction in (None, _SMALL_CACHE) if left_open else (runtime.cache_fraction,):
+            for placement in by[: runtime.workers]:
+                keys = replace(runtime, placement=placement, table_memory=place, cache_fraction=fraction)
+                yield replace(job, runtime=keys)
 
 
 def fitting(job: Job, size: GraphSize, limits: Limits) -> Fit | None:

@@ -35,7 +35,10 @@ def test_whole_tables_counted_by_hand() -> None:
     """Worker 0 holds 20 columns in one table, worker 1 holds 12 + 8 in two; they look up 50 and 60 rows."""
     job = job_for(2, "table_wise")
     placement = placement_of(layout_for(job), job.runtime)
-    assert [(s.rows, s.columns, s.blocks) for s in shares_of(layout_for(job), placement, 2)] == [(90, 20, 1), (90, 20, 2)]
+    assert [(s.rows, s.columns, s.blocks) for s in shares_of(layout_for(job), placement, 2)] == [
+        (90, 20, 1),
+        (90, 20, 2),
+    ]
     relations = 4 * 40 * 4
     assert bytes_per_step(layout_for(job), placement, [50, 60]) == [
         Traffic(24 + 50 * 2 * 16, 60 * 20 * 4, 50 * 20 * 4, relations),
