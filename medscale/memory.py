@@ -97,7 +97,7 @@ def memory_of(job: Job, size: GraphSize, layout: Layout, placement: Placement, *
         "libraries": _LIBRARIES,
         "graph": _graph_bytes(job, size, ranks=workers == 1 or validates),
         # a portion of rows, as read, as Parquet and as safetensors; the C library keeps what training has freed
-        "exporting": min(3 * CHUNK_BYTES, whole),
+        "exporting": min(3 * CHUNK_BYTES, whole) if workers == 1 else 0,
     }
     if not on_cuda:
         return Memory(_taken(host | tables | computing), {})

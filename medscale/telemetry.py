@@ -50,9 +50,10 @@ def _covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def memory_mib(device: torch.device) -> dict[str, float]:
-    """Return this process's resident memory, and on a GPU the most that was allocated there, in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    memory = {"memory_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)}
+    """Return this process's resident memory, now and at its peak, and on a GPU the most allocated there, in MiB."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in status) if "kB" in value}
+    memory = {"memory_mib": round(kib["VmRSS"] / 1024, 1), "peak_memory_mib": round(kib["VmHWM"] / 1024, 1)}
     if device.type == "cuda":
         memory["gpu_memory_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     return memory

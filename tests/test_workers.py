@@ -5,9 +5,11 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,40 @@ def test_a_worker_that_hangs_or_dies_is_named(toy_graph: Graph, tmp_path: Path, 
     assert "worker 1 is silent" in message
     assert "after step" in message
     assert in_group(2, tmp_path, run, job, toy_graph.directory, tmp_path / "run", None) == ["FINISHED"] * 2
+
+
+def signalled(workers: Workers, job: Job, graph_directory: Path, runs: Path, delays: list[float]) -> list[Any]:
+    """Train once per delay, until one worker gets a SIGTERM; return (outcome, newest step, seconds from the signal)."""
+    graph, ends = open_graph(graph_directory), []
+    for trial, delay in enumerate(delays):
+        sent = [time.monotonic() + delay]
+
+        def terminate(sent: list[float] = sent) -> None:
+            sent[0] = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        timer = threading.Timer(delay, terminate)
+        if workers.rank == trial % workers.size:
+            timer.start()
+        directory = runs / f"trial-{trial}"
+        outcome, _ = train_worker(job, graph, directory, CPU, workers, "auto")
+        ends.append((outcome.name, committed_steps(directory)[-1].name, time.monotonic() - sent[0]))
+    return ends
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_worker_saves_the_same_step_on_all(toy_graph: Graph, tmp_path: Path) -> None:
+    """Ten signals at random times; nothing that was trained is lost."""
+    train = {"epochs": 2000, "validate_every": 0}
+    job = _with_workers(toy_job("transe", train=train, checkpoint={"every_steps": 100_000}), 2, "table_wise")
+    delays = np.random.default_rng(date.today().toordinal()).uniform(0.5, 3, 10).tolist()
+    one, other = in_group(2, tmp_path, signalled, job, toy_graph.directory, tmp_path / "runs", delays)
+    for trial, ((outcome, step, seconds), (same_outcome, same_step, _)) in enumerate(zip(one, other, strict=True)):
+        assert outcome == same_outcome == "INTERRUPTED"
+        assert step == same_step
+        assert seconds < 10
+        lines = (tmp_path / "runs" / f"trial-{trial}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        assert step == f"step-{json.loads(lines[-1])['step']:09d}", "every step that was trained is in the checkpoint"
 
 
 def _newest(run_directory: Path) -> np.ndarray[Any, Any]:
