@@ -395,7 +395,7 @@ MUTABLE_KEYS = frozenset({
     "train.epochs", "train.patience", "train.log_every", "train.validate_every", "train.valid_triples",
     "train.watch_dim", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "evaluate.split",
     "evaluate.max_triples", "evaluate.memory_mib", "runtime.device", "runtime.threads", "runtime.memory_gib",
-    "runtime.kernels", "runtime.workers", "runtime.placement", "runtime.timeout_s", "graph.memory_mib",
+    "runtime.kernels", "runtime.workers", "runtime.placement", "runtime.timeout_s", "graph.memory_mib", "graph.tasks",
 })  # fmt: skip
 
 

@@ -96,7 +96,13 @@ class GraphSection:
         "Results are then not comparable with those of the field, and say so",
     )
     synthetic: SyntheticSection | None = key(None, "generate the graph instead of reading files")
-    memory_mib: int = key(2048, "memory that preparing may use before it spills to disk", minimum=128)
+    memory_mib: int = key(
+        2048, "memory that preparing may take, all tasks together, beside the libraries' own", minimum=128
+    )
+    tasks: int = key(
+        1, "tasks that prepare the graph together; more than one are run by Ray, each on a core. Changes no byte of it",
+        minimum=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,129 @@
+"""Ray, for jobs that ask for it: the cluster at hand, and functions that run as its tasks.
+
+Ray is imported when it is first needed; most jobs do without it.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from medscale.errors import WorkerError
+from medscale.logs import Advance
+from medscale.storage import fault_point
+
+__all__ = ["Tasks", "cluster", "tasks_of"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: how often a task is run again after its process, or its node, died
+MAX_RETRIES = 3
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[None]:
+    """Join the cluster that the environment names, or one that runs on this machine, or else start one here."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        # What the workers import is what this process imports.
+        paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        ray.init(
+            logging_level="warning", log_to_driver=True, configure_logging=True,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class Tasks:
+    """Runs a function over many items: one after the other in this process, or some at a time on a Ray cluster.
+
+    The function takes an item and `advance`, to tell how far it has come. It may be run again where its process
+    died, so what it writes is the same each time, replaces what is there, and appears whole.
+    """
+
+    def __init__(self, number: int) -> None:
+        #: tasks at a time; 1: in this process
+        self.number = number
+
+    def run(self, function: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance) -> list[Result]:
+        """Return the function's results in the order of the items.
+
+        Raises:
+            WorkerError: a task's process died each time it was run. All tasks have ended.
+            Exception: what the function raised, here as there. All tasks have ended.
+
+        """
+        if self.number == 1:
+            return [function(item, advance) for item in items]
+        return _on_ray(function, items, advance, self.number)
+
+
+@contextlib.contextmanager
+def tasks_of(number: int) -> Iterator[Tasks]:
+    """Yield what runs `number` tasks at a time; more than one on a Ray cluster, for as long as the block lasts."""
+    with cluster() if number > 1 else contextlib.nullcontext():
+        yield Tasks(number)
+
+
+def _on_ray(
+    function: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance, number: int
+) -> list[Result]:
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")(_task)
+    task = task.options(name=function.__name__)
+    results: dict[int, Result] = {}
+    waiting = list(enumerate(items))[::-1]
+    running: dict[Any, int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < number:
+                index, item = waiting.pop()
+                running[task.remote(function, item)] = index
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            results[running[done]], units = _result(done, function.__name__)
+            del running[done]
+            advance(units)
+    finally:
+        # Nothing is written any more once this returns: the caller removes what failed.
+        for reference in running:
+            ray.cancel(reference, force=True)
+        ray.wait(list(running), num_returns=len(running)) if running else None
+    return [results[index] for index in range(len(items))]
+
+
+def _task(function: Callable[[Item, Advance], Result], item: Item) -> tuple[Result, int]:
+    """Run in a process of Ray's: return the result, and by how much it advanced."""
+    units = 0
+
+    def advance(count: int) -> None:
+        nonlocal units
+        units += count
+
+    result = function(item, advance)
+    fault_point("task")
+    return result, units
+
+
+def _result(reference: Any, name: str) -> Any:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise WorkerError(
+            f"a task of Ray ({name}) died {MAX_RETRIES + 1} times: {type(error).__name__}: {lines[0]}; give the "
+            "machine more memory, or lower graph.memory_mib or graph.tasks"
+        ) from error
