@@ -17,7 +17,7 @@ from medscale.logs import Advance
 
 __all__ = ["Matching", "TypesFile", "match_types", "read_types"]
 
-_COLUMNS = tuple(TYPES_SCHEMA.names)  # entity, type, label
+_COLUMNS = ("entity", "type", "label")
 
 
 class TypesFile(NamedTuple):
@@ -85,21 +85,19 @@ def _write_types(path: Path, rows: pa.Table, *, numerical: bool) -> None:
 
 def match_types(one: Matching, advance: Advance) -> tuple[int, int]:
     """Write the distinct types of a range's entities by id; return how many, and the rows that they came from."""
-    names = spilled(one.entities.names).column("name")
-    tables, num_rows = [TYPES_SCHEMA.empty_table()], 0
+    numerical, slices = one.entities.numerical, []
     for path in one.sources:
         batch = spilled(path)
-        numerical, entities = one.entities.numerical, batch.column("entity")
+        entities = batch.column("entity")
         start = place_of(one.entities.low, entities, numerical=numerical, none=0)
         end = place_of(one.entities.high, entities, numerical=numerical, none=len(entities))
-        rows = batch.slice(start, end - start)
-        places = pc.index_in(rows.column("entity"), value_set=names)
-        known = places.is_valid()
-        rows, places = rows.filter(known), np.asarray(places.filter(known)).astype(np.int64)
-        num_rows += int(np.asarray(rows.column("count_all")).sum())
-        columns = [pa.array(places + one.first_id), rows.column("type"), rows.column("label")]
-        tables.append(pa.table(columns, schema=TYPES_SCHEMA))
-    distinct = pa.concat_tables(tables).group_by(list(_COLUMNS)).aggregate([])
-    ordered = distinct.sort_by([(name, "ascending") for name in _COLUMNS]).combine_chunks()
-    spill(one.target, {name: ordered.column(name).combine_chunks() for name in _COLUMNS})
-    return len(ordered), num_rows
+        slices.append(batch.slice(start, end - start))
+    rows = pa.Table.from_batches(slices)
+    places = pc.index_in(rows.column("entity"), value_set=spilled(one.entities.names).column("name"))
+    rows, places = rows.filter(places.is_valid()), places.drop_null()
+    ids = pa.array(places.to_numpy().astype(np.int64) + one.first_id)
+    table = pa.table([ids, rows.column("type"), rows.column("label")], schema=TYPES_SCHEMA)
+    distinct = table.group_by(list(TYPES_SCHEMA.names)).aggregate([])
+    ordered = distinct.sort_by([(name, "ascending") for name in TYPES_SCHEMA.names])
+    spill(one.target, {name: ordered.column(name).combine_chunks() for name in TYPES_SCHEMA.names})
+    return len(ordered), int(rows.column("count_all").to_numpy().sum())

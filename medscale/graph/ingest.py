@@ -48,6 +48,7 @@ from medscale.graph.schema import (
     TYPES_SCHEMA,
     open_parquet,
 )
+from medscale.graph.shuffle import Shuffled, Translation, hash_ranges, shuffle, translate
 from medscale.graph.sources import (
     RawFile,
     RawLayout,
@@ -56,7 +57,6 @@ from medscale.graph.sources import (
     triples_layout,
     type_columns_layouts,
 )
-from medscale.graph.shuffle import Shuffled, Translation, hash_ranges, shuffle, translate
 from medscale.graph.vocab import (
     NumberedRange,
     Piece,
@@ -367,8 +367,10 @@ class _Stages:
         total = sum(counts.rows.values())
         translations = [
             Translation(
-                self.directory("chunks") / f"{chunk.name}.rows", *(names[kind].sorted[index] for kind in KINDS),
-                *(names[kind].pieces[index] for kind in KINDS), self.directory("translated") / chunk.name, self.seed,
+                self.directory("chunks") / f"{chunk.name}.rows",
+                {kind: (names[kind].sorted[index], names[kind].pieces[index]) for kind in KINDS},
+                self.directory("translated") / chunk.name,
+                self.seed,
             )
             for index, chunk in enumerate(chunks)
         ]  # fmt: skip

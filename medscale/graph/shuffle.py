@@ -3,7 +3,7 @@
 Equal triples have equal hashes, so a range finds its duplicates, and the triples that two splits share, alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from medscale.graph.chunks import Kind
 from medscale.graph.hashing import hashes
 from medscale.graph.schema import SPLITS, TRIPLE_COLUMNS
 from medscale.graph.spill import spill, spilled
@@ -26,10 +27,8 @@ class Translation(NamedTuple):
     """A chunk whose rows are to be written with ids: (hash uint64; head, relation, tail int64; split, seen uint8)."""
 
     rows: Path
-    entities: Path
-    relations: Path
-    entity_pieces: tuple[Piece, ...]
-    relation_pieces: tuple[Piece, ...]
+    #: the chunk's names, sorted, and where they find their ids, by kind
+    names: Mapping[Kind, tuple[Path, tuple[Piece, ...]]]
     target: Path
     seed: int
 
@@ -59,8 +58,8 @@ class Shuffled(NamedTuple):
 
 def translate(one: Translation, advance: Advance) -> None:
     """Write the rows of a chunk with ids, sorted by their hashes."""
-    entity_ids, entity_seen = ids_of_codes(one.entities, one.entity_pieces)
-    relation_ids, relation_seen = ids_of_codes(one.relations, one.relation_pieces)
+    entity_ids, entity_seen = ids_of_codes(*one.names["entities"])
+    relation_ids, relation_seen = ids_of_codes(*one.names["relations"])
     batch = spilled(one.rows)
     head, relation, tail = (np.asarray(batch.column(name)) for name in TRIPLE_COLUMNS)
     triples = {"head": entity_ids[head], "relation": relation_ids[relation], "tail": entity_ids[tail]}

@@ -7,6 +7,7 @@ each; a range's names are brought together from all chunks and counted, and the 
 make them ids. No task sees more than a range, or a chunk.
 """
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,11 +78,11 @@ class NumberedRange(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Where `count` of a chunk's names, in order, find their ids: at `start` of a range's places."""
+    """Where `num_names` of a chunk's names, in order, find their ids: at `start` of a range's places."""
 
     places: Path
     start: int
-    count: int
+    num_names: int
     #: what makes an id of the place of a name seen in train, and of one that is not
     first_id: int
     first_unseen_id: int
@@ -115,7 +116,7 @@ def ranges_of(
             kind, low, high, numerical, tuple(sources), directory / f"{kind}-{number:06d}.names",
             directory / f"{kind}-{number:06d}.places", only_seen,
         )
-        for number, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for number, (low, high) in enumerate(itertools.pairwise(bounds))
     ]  # fmt: skip
 
 
@@ -177,10 +178,10 @@ def ids_of_codes(sorted_names: Path, pieces: Sequence[Piece]) -> tuple[npt.NDArr
     codes = np.asarray(spilled(sorted_names).column("code"))
     ids, seen, done = np.empty(len(codes), dtype=np.int64), np.empty(len(codes), dtype=bool), 0
     for piece in pieces:
-        batch = spilled(piece.places).slice(piece.start, piece.count)
-        here = codes[done : done + piece.count]
+        batch = spilled(piece.places).slice(piece.start, piece.num_names)
+        here = codes[done : done + piece.num_names]
         seen[here] = is_seen = np.asarray(batch.column("seen")) == 1
         ids[here] = np.asarray(batch.column("place")) + np.where(is_seen, piece.first_id, piece.first_unseen_id)
-        done += piece.count
+        done += piece.num_names
     assert done == len(codes)
     return ids, seen
