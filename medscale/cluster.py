@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 from medscale.errors import WorkerError
 from medscale.logs import Advance
-from medscale.storage import fault_point
 
-__all__ = ["Tasks", "cluster", "tasks_of"]
+__all__ = ["HERE", "Tasks", "cluster", "tasks_of"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,6 +65,10 @@ class Tasks:
         return _on_ray(function, items, advance, self.number)
 
 
+#: in this process, one after the other
+HERE = Tasks(1)
+
+
 @contextlib.contextmanager
 def tasks_of(number: int) -> Iterator[Tasks]:
     """Yield what runs `number` tasks at a time; more than one on a Ray cluster, for as long as the block lasts."""
@@ -96,7 +99,8 @@ def _on_ray(
         # Nothing is written any more once this returns: the caller removes what failed.
         for reference in running:
             ray.cancel(reference, force=True)
-        ray.wait(list(running), num_returns=len(running)) if running else None
+        if running:
+            ray.wait(list(running), num_returns=len(running))
     return [results[index] for index in range(len(items))]
 
 
@@ -109,7 +113,6 @@ def _task(function: Callable[[Item, Advance], Result], item: Item) -> tuple[Resu
         units += count
 
     result = function(item, advance)
-    fault_point("task")
     return result, units
 
 

@@ -1,7 +1,7 @@
 """`python -m medscale.prepare JOB`: from raw files, or from a generator, to a graph directory.
 
-Preparing is done once. A graph directory that is there already is opened if it was made from what the job
-says; otherwise that is an error.
+Preparing is done once, in this process or with `graph.tasks` on a Ray cluster, which changes no byte. A graph
+directory that is there already is opened if it was made from what the job says; otherwise that is an error.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medscale.cluster import tasks_of
 from medscale.config import GraphSection, Job
 from medscale.errors import GraphError
 from medscale.graph.ingest import Progress, ingest, source_of
@@ -31,6 +32,7 @@ def prepare(job: Job, *, data_root: Path, graphs_root: Path, progress: Progress 
     Raises:
         GraphError: raw files are missing or wrong; or the directory is damaged, or made from something else.
         CapacityError: memory or disk space ran out; nothing is left behind.
+        WorkerError: a task on the Ray cluster died each time it was run; nothing is left behind.
         RunLockedError: another process is building this graph.
 
     """
@@ -83,9 +85,9 @@ def _built(job: Job, data_root: Path, directory: Path, progress: Progress) -> Gr
             directory=directory,
             progress=progress,
         )
-    with staging_directory(directory.with_name(directory.name + ".raw")) as raw:
+    with tasks_of(section.tasks) as tasks, staging_directory(directory.with_name(directory.name + ".raw")) as raw:
         with progress("generating", section.synthetic.num_triples, "triples") as advance:
-            write_raw(section.synthetic, seed, raw, advance)
+            write_raw(section.synthetic, seed, raw, advance, tasks)
         graph = ingest(
             _of_raw_files(section),
             name=job.graph_name,

@@ -44,7 +44,7 @@ _SAFE_NAME = re.compile(r"\.metadata|[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 #: Where tests may kill the process; `MEDSCALE_FAULT=point:count[:rank]` does it the count-th time a worker (that of
 #: the rank, which launchers tell in `RANK`) passes the point.
-FAULT_POINTS = ("after-shard", "before-manifest", "before-rename", "after-rename", "during-retire", "step", "task")
+FAULT_POINTS = ("after-shard", "before-manifest", "before-rename", "after-rename", "during-retire", "step")
 _fault_counts: dict[str, int] = {}
 
 

@@ -70,16 +70,16 @@ class Chunk(NamedTuple):
 def portions_of(reading: Reading, files: Mapping[str, list[RawFile]], num_tasks: int) -> list[Portion]:
     """Return which files are read together: neighbours of one split, but enough portions for all tasks."""
     total = sum(file.path.stat().st_size for split in SPLITS for file in files[split])
-    most = min(_PORTION_BYTES, total // (4 * num_tasks))
+    most = min(_PORTION_BYTES, total // (4 * num_tasks)) if num_tasks > 1 else _PORTION_BYTES
     grouped: list[tuple[str, list[RawFile]]] = []
+    size = 0
     for split in SPLITS:
-        size = most
         for file in files[split]:
-            if size + file.path.stat().st_size > most:
-                grouped.append((split, []))
-                size = 0
-            grouped[-1][1].append(file)
             size += file.path.stat().st_size
+            if not grouped or grouped[-1][0] != split or size > most:
+                grouped.append((split, []))
+                size = file.path.stat().st_size
+            grouped[-1][1].append(file)
     return [Portion(reading, number, split, tuple(found)) for number, (split, found) in enumerate(grouped)]
 
 

@@ -1,6 +1,6 @@
 """The hash that decides splits and the order of rows: the same under every version of a library, for ever.
 
-It is the first half, read as a little-endian number, of the MD5 of a text: purpose, seed and the row's values,
+It is the second half, read as a little-endian number, of the MD5 of a text: purpose, seed and the row's values,
 separated by tabs. DuckDB computes it, millions of rows a second.
 """
 

@@ -122,7 +122,8 @@ def ingest(
 
     Raises:
         GraphError: raw files are missing or wrong; names the file and line or row. Nothing is left behind.
-        CapacityError: memory (`graph.memory_mib`) or disk space ran out. Nothing is left behind.
+        CapacityError: memory or disk space ran out. Nothing is left behind.
+        WorkerError: a task on the Ray cluster died each time it was run. Nothing is left behind.
 
     """
     assert section.synthetic is None, "prepare writes the raw files of a generated graph first"
