@@ -77,8 +77,8 @@ __all__ = ["Progress", "ingest", "source_of"]
 #: `logs.progress`, or a stand-in with its signature
 Progress = Callable[[str, int, str], AbstractContextManager[Advance]]
 
-#: a chunk or a range takes this share of a task's memory: at most 6 times its size is held while it is worked on
-_SHARE = 6
+#: a chunk or a range takes this share of the memory of a task, which holds several times its size while it works on it
+_SHARE = 8
 #: and no more than Arrow's strings can address with room to spare
 _MOST_BYTES = 1 << 30
 #: samples of names per range, for each chunk: how even the ranges are
