@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from medscale.config import ModelSection
 from medscale.errors import CheckpointError
 from medscale.logs import log
-from medscale.manifest import Manifest, read_manifest, verify_files, write_manifest
+from medscale.manifest import Manifest, parse_json, read_manifest, verify_files, write_manifest
 from medscale.model.embedding import TableRows
 from medscale.model.layout import Layout, layout_of
 from medscale.storage import (
@@ -36,14 +36,17 @@ from medscale.storage import (
     retire_directory,
     staging_directory,
     sweep_leftovers,
+    write_json,
 )
 from medscale.workers import ALONE, Workers
 
 __all__ = [
     "Checkpoint",
+    "ShardRows",
     "Tables",
     "changed_keys",
     "committed",
+    "committed_directory",
     "committed_steps",
     "find_resumable",
     "layout_facts",
@@ -55,11 +58,14 @@ __all__ = [
     "save",
     "step_of",
     "verify",
+    "write_best",
 ]
 
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{9,})")
 
+#: names the best step of a run
+_BEST = "best.json"
 #: DCP's files of a step lie in a folder of their own
 _STATE = "state"
 
@@ -95,9 +101,14 @@ def committed_steps(run_directory: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
+def committed_directory(run_directory: Path, step: int) -> Path:
+    """Return where a step lies once it is committed."""
+    return checkpoints_of(run_directory) / f"step-{step:09d}"
+
+
 def committed(run_directory: Path, step: int) -> Checkpoint:
     """Return a committed step that another worker has verified."""
-    directory = checkpoints_of(run_directory) / f"step-{step:09d}"
+    directory = committed_directory(run_directory, step)
     return Checkpoint(directory, read_manifest(directory, "checkpoint", FORMAT, CheckpointError))
 
 
@@ -277,16 +288,21 @@ def _free_name(path: Path) -> Path:
     return path.with_name(next(name for name in names if name not in taken))
 
 
-def retain(run_directory: Path, keep: int, best: int | None) -> None:
-    """Retire all but the newest `keep` steps and the best one; a step that cannot be deleted is a warning."""
+def retain(run_directory: Path, keep: int, needed: Collection[int | None]) -> None:
+    """Retire all but the newest `keep` steps and those needed; a step that cannot be deleted is a warning."""
     assert keep >= 2, "the newest step may be the one that a crash finds half-used"
     for directory in committed_steps(run_directory)[:-keep]:
-        if best is not None and directory.name == f"step-{best:09d}":
+        if step_of(directory) in needed:
             continue
         try:
             retire_directory(directory)
         except OSError as cause:
             log(f"warning: {directory} could not be deleted ({cause}); it stays")
+
+
+def write_best(run_directory: Path, step: int, mrr: float) -> None:
+    """Note the best step so far; it may be known only after later steps were committed."""
+    write_json(run_directory / _BEST, {"step": step, "valid_mrr": mrr})
 
 
 def newest_checkpoint(run_directory: Path, step: int | None = None) -> Path:
@@ -296,16 +312,24 @@ def newest_checkpoint(run_directory: Path, step: int | None = None) -> Path:
         CheckpointError: there is none.
 
     """
-    steps = committed_steps(run_directory)
+    steps = {step_of(directory): directory for directory in committed_steps(run_directory)}
     if not steps:
         raise CheckpointError(f"{run_directory} holds no committed checkpoint; train the job first")
-    if step is None:
-        facts = read_manifest(steps[-1], "checkpoint", FORMAT, CheckpointError).facts
-        step = facts.get("progress", {}).get("best_step")
-    wanted = [p for p in steps if step is not None and p.name == f"step-{step:09d}"]
-    if step is not None and not wanted:
-        raise CheckpointError(f"{run_directory} has no step {step}; it has {', '.join(p.name for p in steps)}")
-    return wanted[0] if wanted else steps[-1]
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{run_directory} has no step {step}; it has {', '.join(p.name for p in steps.values())}")
+    # A best step that is gone was set aside with all later ones.
+    best = _best_step(run_directory)
+    return steps[step if step is not None else best if best in steps else max(steps)]
+
+
+def _best_step(run_directory: Path) -> int | None:
+    path = run_directory / _BEST
+    if not path.exists():
+        return None
+    try:
+        return int(parse_json(path.read_text(encoding="utf-8"))["step"])
+    except (ValueError, TypeError, KeyError) as cause:
+        raise CheckpointError(f"{path} cannot be read ({cause}); delete it to use the newest step") from None
 
 
 class Tables:
@@ -329,6 +353,22 @@ class Tables:
         load(self.checkpoint, {"dense": {"relations": table}}, collective=False)
         return table
 
+    def shard(self, part: slice, others: NDArray[np.int64]) -> "ShardRows":
+        """Return the rows of a part of the entities, and single ones of others by id (sorted).
+
+        One block as a whole is in memory beside them.
+        """
+        parts, single = [], []
+        for block in self.layout.blocks:
+            rows = self._block(block.name, block.width)
+            parts.append(rows[part].clone())
+            single.append(rows[torch.from_numpy(others)])
+            del rows, self._blocks[block.name]
+        num_columns = self.layout.num_columns
+        return ShardRows(
+            TableRows(parts, num_columns), part.start, torch.from_numpy(others), torch.cat(single, 1)[:, :num_columns]
+        )
+
     def entity_columns(self, start: int, stop: int, num_columns: int) -> NDArray[np.float32]:
         """Return the first `num_columns` columns of rows start .. stop - 1; reads only the blocks that hold them."""
         needed = [b for b in self.layout.blocks if b.start < num_columns]
@@ -346,6 +386,35 @@ class Tables:
             self._blocks[name] = torch.empty(self.layout.num_entities, width)
             load(self.checkpoint, {"entities": {name: self._blocks[name]}}, collective=False)
         return self._blocks[name]
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Some of the entities as candidates, and the rows that queries need wherever they lie."""
+
+    rows: TableRows
+    first: int
+    #: int64[M], sorted
+    others_M: Tensor
+    others_MC: Tensor
+
+    @property
+    def candidates(self) -> range:
+        """The entities whose rows are all here."""
+        return range(self.first, self.first + self.rows.num_entities)
+
+    def gather(self, entities: Tensor) -> Tensor:
+        """Return rows [U, C] by id [U], which must be among `others_M`."""
+        return self.others_MC[torch.searchsorted(self.others_M, entities)]
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        """Return rows [stop - start, C] of candidates."""
+        return self.rows.slice(start - self.first, stop - self.first)
+
+    def to(self, device: torch.device) -> "ShardRows":
+        """Return the rows on a device."""
+        rows = TableRows([block.to(device) for block in self.rows.blocks], self.rows.num_columns)
+        return ShardRows(rows, self.first, self.others_M.to(device), self.others_MC.to(device))
 
 
 def open_tables(directory: Path) -> Tables:
@@ -393,9 +462,11 @@ def layout_from_facts(facts: Mapping[str, Any]) -> Layout:
 #: rounding (another device, other kernels, or another number of threads, add in another order)
 MUTABLE_KEYS = frozenset({
     "train.epochs", "train.patience", "train.log_every", "train.validate_every", "train.valid_triples",
-    "train.watch_dim", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "evaluate.split",
+    "train.watch_dim", "train.validation_lag", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume",
+    "evaluate.split",
     "evaluate.max_triples", "evaluate.memory_mib", "runtime.device", "runtime.threads", "runtime.memory_gib",
-    "runtime.kernels", "runtime.workers", "runtime.placement", "runtime.timeout_s", "graph.memory_mib", "graph.tasks",
+    "runtime.kernels", "runtime.workers", "runtime.readers", "runtime.evaluators",
+    "runtime.placement", "runtime.timeout_s", "graph.memory_mib", "graph.tasks",
 })  # fmt: skip
 
 

@@ -100,9 +100,11 @@ class GraphSection:
         2048, "memory that preparing may take, all tasks together, beside the libraries' own", minimum=128
     )
     tasks: int = key(
-        1, "tasks that prepare the graph together; more than one are run by Ray, each on a core. Changes no byte of it",
+        1,
+        "tasks that prepare the graph together, which changes no byte of it; more than one are run by Ray, each on a "
+        "core of a node that sees the raw files and the directory of graphs",
         minimum=1,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +254,12 @@ class TrainSection:
     validate_every: int = key(1, "epochs between validations; 0: never", minimum=0)
     valid_triples: int | None = key(None, "validate on a seeded sample of this many triples; default: all", minimum=1)
     patience: int | None = key(None, "stop after this many validations without a better MRR; default: never", minimum=1)
+    validation_lag: int = key(
+        0,
+        "steps after a validation at which its result counts (best step, patience); training goes on until then, which "
+        "runtime.evaluators use to rank meanwhile",
+        minimum=0,
+    )
     watch_dim: int | None = key(None, "dim whose validation MRR decides; default: the mean over all", minimum=1)
     log_every: int = key(50, "steps between lines of metrics.jsonl", minimum=1)
 
@@ -290,6 +298,18 @@ class RuntimeSection:
         "auto",
         "several workers: whole tables on workers, balanced by width; or the rows of each table spread over all; "
         "`auto`: table_wise where every worker's tables fit in its memory",
+    )
+    readers: int = key(
+        0,
+        "processes that read and shuffle training triples for all workers, run by Ray (binary losses); 0: each worker "
+        "reads for itself",
+        minimum=0,
+    )
+    evaluators: int = key(
+        0,
+        "processes that validate with committed checkpoints, run by Ray, each with a part of the entities; 0: the "
+        "workers validate",
+        minimum=0,
     )
     timeout_s: int = key(600, "several workers: seconds to wait for one that does not come", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "`auto`: CUDA where there is a GPU")
@@ -362,6 +382,8 @@ def conflicts(job: Job) -> Iterator[tuple[str, str]]:
         yield "train.watch_dim", f"{job.train.watch_dim} is not one of model.dims"
     if job.train.patience is not None and job.train.validate_every == 0:
         yield "train.patience", "needs validations: set train.validate_every to 1 or more"
+    if job.runtime.readers and job.loss.kind == "softmax":
+        yield "runtime.readers", "are for loss.kind bce; softmax groups all triples into queries in each worker"
     per_step = job.med.sub_models_per_step
     if per_step is not None and per_step > len(job.model.dims):
         yield "med.sub_models_per_step", f"{per_step} is more than the {len(job.model.dims)} sub-models"

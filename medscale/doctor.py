@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from medscale.errors import UnsupportedError
+from medscale.location import Location, RemotePath
 from medscale.logs import console
 from medscale.options import add_directories, run_command
 
@@ -49,7 +50,7 @@ class Check:
     repair: str = ""
 
 
-def check_all(data_dir: Path, runs_dir: Path, graphs_dir: Path) -> list[Check]:
+def check_all(data_dir: Path, runs_dir: Path, graphs_dir: Location) -> list[Check]:
     """Run every check; none raises, whatever is missing or broken, and none starts a service."""
     versions = installed_versions()
     return [
@@ -285,8 +286,13 @@ def check_readable(name: str, directory: Path) -> Check:
     return Check(name, "ok", f"{directory} ({sum(1 for _ in directory.iterdir())} entries)")
 
 
-def check_writable(name: str, directory: Path) -> Check:
-    """Check, by writing, that a directory or the nearest one above it takes files; tell the free space."""
+def check_writable(name: str, directory: Location) -> Check:
+    """Check, by writing, that a directory or the nearest one above it takes files; tell the free space.
+
+    One behind a URI is listed, and made where it is not there; a read-only one is enough to train on its graphs.
+    """
+    if isinstance(directory, RemotePath):
+        return _check_remote(name, directory)
     existing = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
     try:
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".medscale-doctor-") as file:
@@ -301,6 +307,19 @@ def check_writable(name: str, directory: Path) -> Check:
     if free < GIB:
         return Check(name, "warning", found, "make room; `medscale plan JOB` says what a job will write")
     return Check(name, "ok", found)
+
+
+def _check_remote(name: str, directory: RemotePath) -> Check:
+    try:
+        directory.sizes()
+    except (OSError, ValueError) as cause:
+        repair = f"name another with --{name}-dir, or set the environment that reaches it (AWS_ACCESS_KEY_ID, ...)"
+        return Check(name, "problem", f"{directory} cannot be reached: {cause}", repair)
+    try:
+        directory.mkdir()
+    except (OSError, ValueError) as cause:
+        return Check(name, "warning", f"{directory} is read-only: {cause}", "graphs can be read, not prepared there")
+    return Check(name, "ok", f"{directory}, can be written")
 
 
 def _table(checks: Sequence[Check]) -> Table:

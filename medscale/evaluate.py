@@ -81,7 +81,7 @@ def _rank(job: Job, graph: Graph, tables: Tables, triples: Any, split: str) -> R
     rows = TableRows([block.to(device) for block in rows.blocks], rows.num_columns)
     with progress(f"ranking {split}", 2 * len(triples), "queries") as advance:
         return rank_all(
-            triples, rows, tables.relation_table.to(device), tables.layout, KnownTriples.of_graph(graph),
+            triples, rows, tables.relation_table.to(device), tables.layout, KnownTriples.of_graph(graph, about=triples),
             memory_mib=job.evaluate.memory_mib, kernels=job.runtime.kernels, advance=advance,
         )  # fmt: skip
 

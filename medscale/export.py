@@ -13,6 +13,7 @@ from medscale.config import Job
 from medscale.errors import ConfigError, ExportError
 from medscale.graph.reader import open_graph
 from medscale.jobfile import load_job
+from medscale.location import Location
 from medscale.logs import console, progress
 from medscale.options import job_parser, run_command
 from medscale.split import ModelFacts, WrittenTier, check_tiers, write_export
@@ -52,7 +53,7 @@ def export_run(
     job: Job,
     *,
     runs_dir: Path,
-    graphs_dir: Path,
+    graphs_dir: Location,
     tiers: Mapping[str, int] | None = None,
     step: int | None = None,
 ) -> tuple[WrittenTier, ...]:

@@ -1,7 +1,8 @@
 """Several workers: Ray Train starts them, each runs `train_worker`, and Ray replaces those that die.
 
-Graph and run directory lie on a file system that all nodes see. A run goes on from the newest committed step of
-its run directory, whatever Ray remembers: a worker may die between the commit and any report of it.
+The run directory lies on a file system that all nodes see; the graph too, or behind a URI that all nodes reach. A run
+goes on from the newest committed step of its run directory, whatever Ray remembers: a worker may die between the
+commit and any report of it.
 """
 
 import contextlib
@@ -22,9 +23,11 @@ from medscale import errors
 from medscale.cluster import cluster
 from medscale.config import Job
 from medscale.errors import CapacityError, MedscaleError, WorkerError
+from medscale.evaluators import RayEvaluators, start_evaluators
 from medscale.graph.reader import Graph, open_graph
 from medscale.jobfile import dump_job, parse_job
 from medscale.logs import log, silence
+from medscale.readers import feed_of, start_readers
 from medscale.workers import Workers
 
 if TYPE_CHECKING:
@@ -54,8 +57,10 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
         trainer = TorchTrainer(
             _work,
             train_loop_config={
-                "job": dump_job(job), "graph": str(graph.directory.resolve()), "run": str(run_directory.resolve()),
-                "resume": resume,
+                # A location, not its URI: Ray's dashboard shows these, and a URI's query may be secret.
+                "job": dump_job(job), "graph": graph.directory.resolve(), "run": str(run_directory.resolve()),
+                "resume": resume, "readers": start_readers(job, graph),
+                "evaluators": start_evaluators(job, graph, run_directory),
             },
             torch_config=TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout_s=job.runtime.timeout_s
@@ -80,7 +85,7 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
     return Outcome[ending["outcome"]], signals[0] if signals else ending["signal"]
 
 
-def _work(settings: Mapping[str, str]) -> Mapping[str, Any]:
+def _work(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Do one worker's part; return what the driver shall tell."""
     # Ray Train lets libraries tell everything, FBGEMM as soon as it is imported.
     logging.getLogger().setLevel(logging.WARNING)
@@ -93,10 +98,12 @@ def _work(settings: Mapping[str, str]) -> Mapping[str, Any]:
         silence()
     job, run_directory = parse_job(settings["job"], "job.yaml"), Path(settings["run"])
     try:
-        graph = open_graph(Path(settings["graph"]), verify=False)
+        graph = open_graph(settings["graph"], verify=False)
         outcome, number = train_worker(
             job, graph, run_directory, device, workers, settings["resume"],
             local_workers=context.get_local_world_size(), stop_wanted=_stop_wanted(run_directory / STOP),
+            feed=feed_of(settings["readers"], job, graph) if settings["readers"] else None,
+            evaluators=RayEvaluators(settings["evaluators"]) if settings["evaluators"] else None,
         )  # fmt: skip
     except WorkerError:
         raise  # Ray starts all workers anew

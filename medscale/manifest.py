@@ -7,12 +7,14 @@ bytes are checked against the manifest (DCP and Parquet load flipped bits silent
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medscale.errors import MedscaleError
+from medscale.location import STREAMS, Location
 from medscale.storage import fault_point, safe_join, sha256_of, write_json
 
 __all__ = ["MANIFEST", "Manifest", "parse_json", "read_manifest", "verify_files", "write_manifest"]
@@ -61,10 +63,9 @@ def _refuse_constant(name: str) -> None:
 
 def write_manifest(directory: Path, kind: str, format_version: int, facts: Mapping[str, Any]) -> Manifest:
     """Hash every file under `directory` and write its manifest, the last file to appear there."""
-    names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
     files = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)}
-        for name in names
+        name: {"bytes": size, "sha256": sha256_of(directory / name)}
+        for name, size in sorted(_sizes(directory).items())
         if name != MANIFEST
     }
     manifest = Manifest(kind, format_version, facts, files)
@@ -74,7 +75,7 @@ def write_manifest(directory: Path, kind: str, format_version: int, facts: Mappi
     return manifest
 
 
-def read_manifest(directory: Path, kind: str, format_version: int, error: type[MedscaleError]) -> Manifest:
+def read_manifest(directory: Location, kind: str, format_version: int, error: type[MedscaleError]) -> Manifest:
     """Read and check the shape of a directory's manifest; file contents are `verify_files`' business.
 
     Raises:
@@ -83,9 +84,9 @@ def read_manifest(directory: Path, kind: str, format_version: int, error: type[M
     """
     path = directory / MANIFEST
     try:
-        if path.is_symlink():
+        if isinstance(path, Path) and path.is_symlink():
             raise ValueError("it is a link; a manifest lies in the directory that it describes")
-        raw = parse_json(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_bytes().decode())
     except FileNotFoundError:
         raise error(f"{directory} holds no {MANIFEST}: it was never completed, or is not a {kind}") from None
     except (OSError, ValueError) as cause:
@@ -121,23 +122,49 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def verify_files(directory: Path, manifest: Manifest, error: type[MedscaleError]) -> None:
+def verify_files(directory: Location, manifest: Manifest, error: type[MedscaleError]) -> None:
     """Check that exactly the manifest's files are there, with their bytes and SHA-256.
 
     Raises:
         error: a file is missing, extra, of another size, or its bytes changed; names it.
 
     """
-    present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
-    extra = sorted(present - set(manifest.files) - {MANIFEST})
+    try:
+        present = _sizes(directory)
+    except (OSError, ValueError) as cause:
+        raise error(f"{directory} cannot be listed: {cause}") from None
+    extra = sorted(present.keys() - manifest.files.keys() - {MANIFEST})
     if extra:
         raise error(f"{directory / extra[0]} is not in the manifest: someone added it; remove it to go on")
-    for name, entry in manifest.files.items():
-        path = safe_join(directory, name)
+    paths = [safe_join(directory, name) for name in manifest.files]
+    for path, (name, entry) in zip(paths, manifest.files.items(), strict=True):
         if name not in present:
             raise error(f"{path} is missing")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise error(f"{path} has {size} bytes, its manifest says {entry['bytes']}")
-        if sha256_of(path) != entry["sha256"]:
+        if present[name] != entry["bytes"]:
+            raise error(f"{path} has {present[name]} bytes, its manifest says {entry['bytes']}")
+    for path, found, entry in zip(paths, _hashes(paths, error), manifest.files.values(), strict=True):
+        if found != entry["sha256"]:
             raise error(f"{path} is damaged: its SHA-256 is not the manifest's")
+
+
+def _sizes(directory: Location) -> dict[str, int]:
+    """Return the bytes of every file below a directory, by relative name."""
+    if isinstance(directory, Path):
+        return {p.relative_to(directory).as_posix(): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
+    return directory.sizes()
+
+
+def _hashes(paths: Sequence[Location], error: type[MedscaleError]) -> Iterator[str]:
+    """Yield the SHA-256 of each file; remote ones are streamed several at once."""
+
+    def hash_of(path: Location) -> str:
+        try:
+            return sha256_of(path)
+        except (OSError, ValueError) as cause:
+            raise error(f"{path} cannot be read: {cause}") from None
+
+    if all(isinstance(path, Path) for path in paths):
+        yield from map(hash_of, paths)
+    else:
+        with ThreadPoolExecutor(STREAMS) as pool:
+            yield from pool.map(hash_of, paths)

@@ -22,10 +22,13 @@ class RunLog:
     Of several workers the leader alone writes.
     """
 
-    def __init__(self, run_directory: Path, resumed_step: int, *, leads: bool = True) -> None:
+    def __init__(
+        self, run_directory: Path, resumed_step: int, waiting_step: int | None = None, *, leads: bool = True
+    ) -> None:
+        """Open both; what came after `resumed_step`, and the validation of `waiting_step`, will come again."""
         self.path, self.leads = run_directory / "metrics.jsonl", leads
         if leads:
-            self._drop_after(resumed_step)
+            self._drop_after(resumed_step, waiting_step)
             self.file = self.path.open("a", encoding="utf-8")
             self.board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -49,14 +52,15 @@ class RunLog:
         self.file.close()
         self.board.close()
 
-    def _drop_after(self, step: int) -> None:
+    def _drop_after(self, step: int, waiting_step: int | None) -> None:
         """Keep the whole lines up to a step: a killed run may have written more, and half a line."""
         if not self.path.exists():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                if record["step"] <= step and (record["kind"], record["step"]) != ("valid", waiting_step):
                     kept.append(line)
             except (ValueError, KeyError):
                 continue

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from medscale.errors import MedscaleError
+from medscale.errors import GraphError, MedscaleError
+from medscale.location import Location, parse_location
 
 __all__ = ["add_directories", "job_parser", "run_command"]
 
@@ -26,7 +27,7 @@ _MACHINE_ERRORS = {
 def job_parser(verb: str, description: str) -> argparse.ArgumentParser:
     """Return the parser of a verb that takes a job file: `JOB` and the directories; the verb adds its own.
 
-    The parsed arguments hold `job`, `data_dir`, `runs_dir` and `graphs_dir`, each a `Path`.
+    The parsed arguments hold `job`, `data_dir` and `runs_dir`, each a `Path`, and `graphs_dir`, a `Location`.
     """
     parser = argparse.ArgumentParser(
         prog=f"medscale {verb}",
@@ -57,11 +58,18 @@ def add_directories(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--graphs-dir",
-        type=Path,
+        type=_location,
         default=Path("graphs"),
-        metavar="DIR",
-        help="holds prepared graphs (default: graphs)",
+        metavar="DIR|URI",
+        help="holds prepared graphs: a directory, or the URI of one, such as s3://bucket/graphs (default: graphs)",
     )
+
+
+def _location(text: str) -> Location:
+    try:
+        return parse_location(text)
+    except GraphError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run_command(function: Callable[[], int | None]) -> int:

@@ -17,9 +17,10 @@ from rich.table import Table
 from medscale.config import Job
 from medscale.errors import CapacityError
 from medscale.graph.census import take_census
-from medscale.graph.reader import open_graph
+from medscale.graph.reader import graph_exists, open_graph
 from medscale.graph.synthetic import RELATIONS, kind_sizes
 from medscale.jobfile import load_job
+from medscale.location import Location
 from medscale.logs import console
 from medscale.model.layout import Layout, layout_of
 from medscale.model.prefix import SLICE_NUMBERS
@@ -230,7 +231,7 @@ def memory_limit(job: Job) -> int:
     return (min(free, int(text)) if text.isdigit() else free) // job.runtime.workers
 
 
-def size_of(job: Job, graphs_directory: Path, data_root: Path) -> GraphSize:
+def size_of(job: Job, graphs_directory: Location, data_root: Path) -> GraphSize:
     """Return the size of a job's graph: from its directory, the generator's numbers, or a count of its raw files.
 
     Raises:
@@ -238,7 +239,7 @@ def size_of(job: Job, graphs_directory: Path, data_root: Path) -> GraphSize:
 
     """
     directory = graphs_directory / job.graph_name
-    if directory.exists():
+    if graph_exists(directory):
         graph = open_graph(directory, verify=False)
         train, valid, test = (graph.num_triples[split] for split in ("train", "valid", "test"))
         return GraphSize(graph.num_entities, graph.num_relations, train, valid, test, f"counted in {directory}")

@@ -1,12 +1,15 @@
 """`python -m medscale.prepare JOB`: from raw files, or from a generator, to a graph directory.
 
 Preparing is done once, in this process or with `graph.tasks` on a Ray cluster, which changes no byte. A graph
-directory that is there already is opened if it was made from what the job says; otherwise that is an error.
+directory that is there already is opened if it was made from what the job says; otherwise that is an error. Where
+graphs lie behind a URI, one is built in the system's directory for temporary files (`TMPDIR`), which all nodes of a
+cluster must then see, and uploaded.
 """
 
 import dataclasses
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,11 @@ from medscale.cluster import tasks_of
 from medscale.config import GraphSection, Job
 from medscale.errors import GraphError
 from medscale.graph.ingest import Progress, ingest, source_of
-from medscale.graph.reader import Graph, open_graph
+from medscale.graph.reader import Graph, graph_exists, open_graph
 from medscale.graph.synthetic import write_raw
+from medscale.graph.upload import require_room, upload_graph
 from medscale.jobfile import load_job
+from medscale.location import Location, RemotePath
 from medscale.logs import log
 from medscale.logs import progress as show_progress
 from medscale.options import job_parser, run_command
@@ -26,20 +31,23 @@ from medscale.storage import run_lock, staging_directory
 __all__ = ["main", "prepare"]
 
 
-def prepare(job: Job, *, data_root: Path, graphs_root: Path, progress: Progress = show_progress) -> Graph:
+def prepare(job: Job, *, data_root: Path, graphs_root: Location, progress: Progress = show_progress) -> Graph:
     """Return the job's graph, `graphs_root`/<graph name>, verified; build it first where it is not there.
 
     Raises:
-        GraphError: raw files are missing or wrong; or the directory is damaged, or made from something else.
+        GraphError: raw files are missing or wrong; the directory is damaged, or made from something else; or its
+            filesystem cannot be reached or written.
         CapacityError: memory or disk space ran out; nothing is left behind.
         WorkerError: a task on the Ray cluster died each time it was run; nothing is left behind.
-        RunLockedError: another process is building this graph.
+        RunLockedError: another process is building this graph in this directory.
 
     """
     directory = graphs_root / job.graph_name
-    if directory.exists():
+    if graph_exists(directory):
         return _opened(job, directory)
-    with run_lock(graphs_root / ".locks" / job.graph_name):
+    if isinstance(directory, RemotePath):
+        return _uploaded(job, data_root, directory, progress)
+    with run_lock(directory.parent / ".locks" / job.graph_name):
         # Another process may have finished between the first look and the lock.
         if directory.exists():
             return _opened(job, directory)
@@ -47,7 +55,21 @@ def prepare(job: Job, *, data_root: Path, graphs_root: Path, progress: Progress 
         return _built(job, data_root, directory, progress)
 
 
-def _opened(job: Job, directory: Path) -> Graph:
+def _uploaded(job: Job, data_root: Path, directory: RemotePath, progress: Progress) -> Graph:
+    """Build the graph on this machine and upload it; an upload that breaks off is begun anew, with the building."""
+    require_room(directory)  # before hours of work, not after them
+    with tempfile.TemporaryDirectory(prefix="medscale-prepare-") as scratch:
+        draft = Path(scratch) / job.graph_name
+        log(f"preparing graph {job.graph_name} in {draft}, for {directory}")
+        graph = _built(job, data_root, draft, progress)
+        # Another process may have finished meanwhile; there is no lock to hold.
+        if graph_exists(directory):
+            return _opened(job, directory)
+        with progress("uploading", sum(path.stat().st_size for path in draft.rglob("*.parquet")), "bytes") as advance:
+            return upload_graph(graph, directory, advance)
+
+
+def _opened(job: Job, directory: Location) -> Graph:
     graph = open_graph(directory)
     changed = _differences(graph.facts.get("source"), source_of(job.graph, job.seed))
     if changed:

@@ -9,7 +9,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,16 +19,16 @@ from torch import Tensor
 from medscale.errors import NonFiniteError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.side import Side
-from medscale.model.embedding import TableRows
 from medscale.model.layout import Layout
 from medscale.model.prefix import PrefixScan, prefix_scan
 from medscale.seed import generator
 
 __all__ = [
+    "EntityRows",
     "Ranks",
     "ability_retention",
+    "count_halves",
     "rank_all",
-    "rank_triples",
     "records_of",
     "relation_records",
     "sample_triples",
@@ -36,6 +36,8 @@ __all__ = [
 
 #: queries scored together
 _QUERIES = 1024
+#: triples ranked in one pass over the entities
+_PASS = 4 * _QUERIES
 
 
 @dataclass(frozen=True)
@@ -46,50 +48,83 @@ class Ranks:
     head: NDArray[np.float64]
     tail: NDArray[np.float64]
 
+    @classmethod
+    def of_halves(cls, dims: tuple[int, ...], halves_2nT: NDArray[np.int64]) -> "Ranks":
+        """Return the ranks that `count_halves` over all entities give."""
+        tail, head = 1 + halves_2nT / 2
+        return cls(dims, head, tail)
+
     def of(self, side: str) -> NDArray[np.float64]:
         """Return ranks of one side, or of both ([n, 2 T])."""
         return np.concatenate([self.head, self.tail], 1) if side == "both" else getattr(self, side)
 
 
-def rank_triples(
-    triples: NDArray[np.int64],
-    rows: TableRows,
-    relations_RC: Tensor,
-    layout: Layout,
-    known: KnownTriples,
-    *,
-    memory_mib: int = 512,
-    kernels: str = "auto",
-) -> Iterator[tuple[Side, slice, NDArray[np.float64]]]:
-    """Yield (side, which triples, float64 ranks [n, t]) portion by portion, until all sides are ranked.
+class EntityRows(Protocol):
+    """The entity table as ranking reads it: the candidates here, and any row that a query needs.
 
-    `triples` is int64[T, 3]; `known` holds the triples that do not count as wrong answers. `kernels` is the job's
-    `runtime.kernels`.
+    Of several holders each has some of the candidates, or all; calls may be collective.
     """
-    scan = prefix_scan(layout.scorer, layout.dims, layout.damping, dtype=relations_RC.dtype, device=relations_RC.device)
-    sides: tuple[Side, ...] = ("tail", "head")
-    for side in sides:
-        for start in range(0, len(triples), _QUERIES):
-            part = slice(start, min(start + _QUERIES, len(triples)))
-            yield (
-                side,
-                part,
-                _rank_side(triples[part], side, scan, rows, relations_RC, layout, known, memory_mib, kernels),
-            )
+
+    @property
+    def candidates(self) -> range:
+        """The entities to rank against."""
+
+    def gather(self, entities: Tensor) -> Tensor:
+        """Return rows [U, C] by id [U]."""
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        """Return rows [stop - start, C] of candidates."""
 
 
 def rank_all(
-    triples: NDArray[np.int64], rows: TableRows, relations_RC: Tensor, layout: Layout, known: KnownTriples,
+    triples: NDArray[np.int64], rows: EntityRows, relations_RC: Tensor, layout: Layout, known: KnownTriples,
     *, memory_mib: int = 512, kernels: str = "auto", advance: Callable[[int], None] | None = None,
 ) -> Ranks:  # fmt: skip
-    """Return the ranks of int64 [T, 3] triples; `advance` hears of every portion ranked."""
-    ranks = {side: np.empty((len(layout.dims), len(triples))) for side in ("head", "tail")}
-    portions = rank_triples(triples, rows, relations_RC, layout, known, memory_mib=memory_mib, kernels=kernels)
-    for side, part, values in portions:
-        ranks[side][:, part] = values
-        if advance:
-            advance(part.stop - part.start)
-    return Ranks(layout.dims, ranks["head"], ranks["tail"])
+    """Return the ranks of int64 [T, 3] triples among all entities; `advance` hears how many triples are ranked."""
+    assert rows.candidates == range(layout.num_entities), "some candidates only: add up what all count"
+    halves_2nT = count_halves(
+        triples, rows, relations_RC, layout, known, memory_mib=memory_mib, kernels=kernels, advance=advance
+    )
+    return Ranks.of_halves(layout.dims, halves_2nT)
+
+
+@torch.no_grad()
+def count_halves(
+    triples: NDArray[np.int64], rows: EntityRows, relations_RC: Tensor, layout: Layout, known: KnownTriples,
+    *, memory_mib: int = 512, kernels: str = "auto", most: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> NDArray[np.int64]:  # fmt: skip
+    """Return int64 [2, n, T]: 2 x (candidates better than the true tail, head) + (candidates as good), per sub-model.
+
+    `triples` is int64[T, 3]; `known` holds the triples that do not count as wrong answers. Counts of disjoint
+    candidates add up. Where calls of `rows` are collective, `most` is the number of triples of the worker that has
+    most: all make as many calls. `kernels` is the job's `runtime.kernels`.
+
+    Raises:
+        NonFiniteError: the model holds numbers that are not finite.
+
+    """
+    scan = prefix_scan(layout.scorer, layout.dims, layout.damping, dtype=relations_RC.dtype, device=relations_RC.device)
+    most = len(triples) if most is None else most
+    step = _entities_per_chunk(scan, min(_QUERIES, most), memory_mib, kernels)
+    count = functools.partial(_plain_counts, scan) if kernels == "torch" else _kernel_counts(scan, relations_RC.device)
+    halves_2nT = np.zeros((2, len(scan.dims), len(triples)), dtype=np.int64)
+    sides: tuple[Side, Side] = ("tail", "head")
+    for halves_nT, side in zip(halves_2nT, sides, strict=True):
+        for start in range(0, most, _PASS):
+            group = slice(start, start + _PASS)
+            asked = _asked(triples[group], side, scan, rows, relations_RC, layout, known)
+            for first in range(rows.candidates.start, rows.candidates.stop, step):
+                entities_NC = rows.slice(first, min(first + step, rows.candidates.stop))
+                _require_finite(entities_NC, f"rows {first} to {first + len(entities_NC) - 1} of the entity table")
+                for queries in asked:
+                    queries.count(count, entities_NC, first)
+            for place, queries in enumerate(asked):
+                begin = start + place * _QUERIES
+                halves_nT[:, begin : begin + _QUERIES] = queries.halves_nQ.cpu().numpy()
+            if advance:
+                advance(len(triples[group]))
+    return halves_2nT
 
 
 def sample_triples(triples: NDArray[np.int64], number: int | None, seed: int) -> NDArray[np.int64]:
@@ -99,42 +134,58 @@ def sample_triples(triples: NDArray[np.int64], number: int | None, seed: int) ->
     return triples[np.sort(generator(seed, "sample").choice(len(triples), number, replace=False))]
 
 
-@torch.no_grad()
-def _rank_side(
-    triples_Q3: NDArray[np.int64], side: Side, scan: PrefixScan, rows: TableRows, relations_RC: Tensor,
-    layout: Layout, known: KnownTriples, memory_mib: int, kernels: str,
-) -> NDArray[np.float64]:  # fmt: skip
+@dataclass(frozen=True)
+class _Queries:
+    """Queries that are scored together, and what has been counted for them."""
+
+    query_QC: Tensor
+    scale_QC: Tensor | None
+    target_QC: Tensor
+    #: pairs (query, entity) that do not count, sorted by entity
+    excluded_query_E: NDArray[np.int64]
+    excluded_entity_E: NDArray[np.int64]
+    #: int64[n, Q]
+    halves_nQ: Tensor
+
+    def count(self, kernel: Callable[..., None], entities_NC: Tensor, first: int) -> None:
+        """Count entities first .. first + N - 1."""
+        begin, end = np.searchsorted(self.excluded_entity_E, [first, first + len(entities_NC)])
+        excluded = [
+            torch.from_numpy(ids[begin:end]).to(entities_NC.device)
+            for ids in (self.excluded_query_E, self.excluded_entity_E)
+        ]
+        kernel(self.query_QC, self.scale_QC, self.target_QC, entities_NC, first, *excluded, self.halves_nQ)
+
+
+def _asked(
+    triples: NDArray[np.int64], side: Side, scan: PrefixScan, rows: EntityRows, relations_RC: Tensor, layout: Layout,
+    known: KnownTriples,
+) -> list[_Queries]:  # fmt: skip
+    """Return the queries for one side of int64 [T, 3] triples, portion by portion."""
     device = relations_RC.device
     given, target = (0, 2) if side == "tail" else (2, 0)
-    known_ids, relation_ids, target_ids = triples_Q3[:, given], triples_Q3[:, 1], triples_Q3[:, target]
-    offsets, answers = known.answers(side, known_ids, relation_ids)
-    asked: Side = side
-    if layout.reciprocal and side == "head":
-        asked, relation_ids = "tail", relation_ids + layout.num_relations
-    relation_QR = relations_RC[torch.from_numpy(relation_ids).to(device)]
-    query_QC = layout.scorer.query(rows.gather(torch.from_numpy(known_ids).to(device)), relation_QR, asked)
-    scale_QC = layout.scorer.scale(relation_QR, asked) if layout.scorer.scale else None
-    target_QC = rows.gather(torch.from_numpy(target_ids).to(device))
-    _require_finite(query_QC, "queries")
-    if scale_QC is not None:
-        _require_finite(scale_QC, "relations' factors")
-    _require_finite(target_QC, "rows of true answers")
-    # finite columns may still add up to more than a number can hold
-    _require_finite(scan.pair_scores(query_QC, target_QC, scale_QC), "scores of true answers")
-    excluded_query, excluded_entity = _excluded(offsets, answers, target_ids)
-
-    halves_nQ = torch.zeros((len(scan.dims), len(triples_Q3)), dtype=torch.int64, device=device)
-    count = functools.partial(_plain_counts, scan) if kernels == "torch" else _kernel_counts(scan, device)
-    step = _entities_per_chunk(scan, len(triples_Q3), memory_mib, kernels)
-    for start in range(0, rows.num_entities, step):
-        stop = min(start + step, rows.num_entities)
-        first, last = np.searchsorted(excluded_entity, [start, stop])
-        excluded = [torch.from_numpy(ids[first:last]).to(device) for ids in (excluded_query, excluded_entity)]
-        entities_NC = rows.slice(start, stop)
-        _require_finite(entities_NC, f"rows {start} to {stop - 1} of the entity table")
-        count(query_QC, scale_QC, target_QC, entities_NC, start, *excluded, halves_nQ)
-    ranks: NDArray[np.float64] = (1 + halves_nQ.double() / 2).cpu().numpy()
-    return ranks
+    ids = torch.from_numpy(np.concatenate([triples[:, given], triples[:, target]])).to(device)
+    given_TC, target_TC = rows.gather(ids).chunk(2) if len(triples) else (ids, ids)
+    asked = []
+    for start in range(0, len(triples), _QUERIES):
+        part = slice(start, start + _QUERIES)
+        known_ids, relation_ids, target_ids = triples[part, given], triples[part, 1], triples[part, target]
+        excluded = _excluded(*known.answers(side, known_ids, relation_ids), target_ids)
+        asked_side: Side = side
+        if layout.reciprocal and side == "head":
+            asked_side, relation_ids = "tail", relation_ids + layout.num_relations
+        relation_QR = relations_RC[torch.from_numpy(relation_ids).to(device)]
+        query_QC = layout.scorer.query(given_TC[part], relation_QR, asked_side)
+        scale_QC = layout.scorer.scale(relation_QR, asked_side) if layout.scorer.scale else None
+        _require_finite(query_QC, "queries")
+        if scale_QC is not None:
+            _require_finite(scale_QC, "relations' factors")
+        _require_finite(target_TC[part], "rows of true answers")
+        # finite columns may still add up to more than a number can hold
+        _require_finite(scan.pair_scores(query_QC, target_TC[part], scale_QC), "scores of true answers")
+        halves_nQ = torch.zeros((len(scan.dims), len(query_QC)), dtype=torch.int64, device=device)
+        asked.append(_Queries(query_QC, scale_QC, target_TC[part], *excluded, halves_nQ))
+    return asked
 
 
 def _kernel_counts(scan: PrefixScan, device: torch.device) -> Callable[..., None]:

@@ -16,9 +16,10 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from medscale.errors import MedscaleError, RunLockedError
+from medscale.location import Location, RemotePath
 
 __all__ = [
     "TMP",
@@ -61,7 +62,11 @@ def fault_point(point: str) -> None:
             os.kill(os.getpid(), 9)
 
 
-def safe_join(root: Path, name: str) -> Path:
+@overload
+def safe_join(root: Path, name: str) -> Path: ...
+@overload
+def safe_join(root: Location, name: str) -> Location: ...
+def safe_join(root: Location, name: str) -> Location:
     """Join a name that came from a file to `root`; parts of `[A-Za-z0-9._-]`, no leading dot, nothing outside.
 
     Raises:
@@ -71,13 +76,15 @@ def safe_join(root: Path, name: str) -> Path:
     parts = name.split("/")
     if not parts or not all(_SAFE_NAME.fullmatch(part) for part in parts) or len(parts) > 4:
         raise MedscaleError(f"{root}: refused file name {name!r} (allowed: letters, digits, '.', '_', '-')")
+    if isinstance(root, RemotePath):
+        return root / name  # object stores have no links
     path = root.joinpath(*parts)
     if not path.resolve().is_relative_to(root.resolve()):
         raise MedscaleError(f"{root}: refused file name {name!r}: it leads out of the directory")
     return path
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Location) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -38,8 +38,8 @@ def train(job: Job, graph: Graph, run_directory: Path, *, resume: str | None = N
     """
     resume = resume or job.checkpoint.resume
     with run_lock(run_directory):
-        if job.runtime.workers > 1:
-            # Imported here: one worker needs no Ray.
+        if max(job.runtime.workers, job.runtime.readers + 1, job.runtime.evaluators + 1) > 1:
+            # Imported here: one worker alone needs no Ray.
             from medscale.launch import train_on_ray
 
             return train_on_ray(job, graph, run_directory, resume)

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from medscale.batches.corruption import CorruptionBatch, CorruptionBatches
+from medscale.batches.partitions import Feed, PartitionReader
 from medscale.batches.queries import QueryBatch, QueryBatches, query_table
 from medscale.checkpoint import (
     Checkpoint,
@@ -34,23 +34,26 @@ from medscale.checkpoint import (
     retain,
     save,
     step_of,
+    write_best,
 )
 from medscale.config import DISTANCES, Job
 from medscale.distributed import choose_threads
-from medscale.errors import CheckpointError, GraphError, NonFiniteError
+from medscale.errors import CheckpointError, GraphError
+from medscale.finite import require_finite_gradients, require_finite_terms
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
 from medscale.jobfile import dump_job, job_to_mapping
 from medscale.logs import log
-from medscale.metrics import RunLog, training_display
+from medscale.metrics import Display, RunLog, training_display
 from medscale.model.embedding import EntityTable, initial_relations
-from medscale.model.layout import Layout, layout_of
+from medscale.model.layout import layout_of
 from medscale.objective import Objective, Terms
 from medscale.optimizer import Optimizers, fused_optimizer, learning_rate_factor
 from medscale.pulse import naming_the_silent
-from medscale.ranking import Ranks, rank_all, sample_triples
 from medscale.sharding import placement_of
 from medscale.storage import fault_point, write_atomic
+from medscale.telemetry import collective_milliseconds, memory_mib
+from medscale.validation import Evaluators, Validation, count_committed, mrr_by_dim, watched_mrr
 from medscale.workers import ALONE, Workers
 
 __all__ = ["Outcome", "Progress", "Trainer", "batches_of", "initial_scale", "train_worker"]
@@ -73,6 +76,8 @@ class Progress:
     best_step: int | None = None
     #: validations since the best one
     stale: int = 0
+    #: the validation whose result does not count yet: {"step", "mrr": {dim: MRR}, or None while evaluators rank}
+    waiting: dict[str, Any] | None = None
     #: one record per validation: {"step", "epoch", "mrr": {dim: MRR}}
     validations: list[dict[str, Any]] = field(default_factory=list)
 
@@ -82,7 +87,8 @@ class Trainer:
 
     def __init__(
         self, job: Job, graph: Graph, run_directory: Path, device: torch.device, workers: Workers = ALONE,
-        *, stop_wanted: Callable[[], bool] | None = None,
+        *, stop_wanted: Callable[[], bool] | None = None, feed: Feed | None = None,
+        evaluators: Evaluators | None = None,
     ) -> None:  # fmt: skip
         self.job, self.graph, self.run_directory, self.device = job, graph, run_directory, device
         self.workers = workers
@@ -99,10 +105,13 @@ class Trainer:
             job.optimizer, self.table, self.relations, self.objective.scaling.values, job.med.weights_lr
         )
         self.validate_every = _validate_every(job, graph)
-        self.batches = batches_of(job, graph, workers)
+        self.batches = batches_of(job, graph, workers, feed)
         self.total_steps = job.train.epochs * self.batches.steps_per_epoch
         self.progress = Progress()
-        self._known: KnownTriples | None = None
+        self.validation = Validation(job, graph, self.layout, workers)
+        self.evaluators = evaluators
+        #: seconds that steps have waited for their batches since the last one that was logged
+        self._waited = 0.0
         #: the signal that asked to stop
         self.signal_number: int | None = None
         self._stop_wanted = stop_wanted
@@ -145,27 +154,32 @@ class Trainer:
         steps_per_epoch = self.batches.steps_per_epoch
         outcome = Outcome.FINISHED
         with (
-            contextlib.closing(RunLog(self.run_directory, self.progress.step, leads=self.workers.leads)) as run_log,
+            contextlib.closing(self._run_log()) as run_log,
             training_display(self.total_steps, steps_per_epoch) as display,
             self._signals(),
         ):
-            clock, trained = time.monotonic(), 0.0
+            self._settle(run_log, display)
             if self._stale():
                 return Outcome.STOPPED_EARLY
+            clock, trained = time.monotonic(), 0.0
             for batch in self._prefetched():
-                terms = self.train_step(batch)
-                trained += batch.num_triples
-                step = self.progress.step
+                step = self.progress.step + 1
                 logged = step % self.job.train.log_every == 0 or step == self.total_steps
+                with collective_milliseconds(wanted=logged and self.workers.size > 1) as collectives:
+                    terms = self.train_step(batch)
+                trained += batch.num_triples
                 rate = trained / (time.monotonic() - clock)
                 if logged or display.due():
                     display.update(step, rate, terms.means())
                 if logged:
-                    run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1)})
+                    run_log.write("train", step, {
+                        **self._described(terms), "triples_per_s": round(rate, 1), **self._spent(collectives),
+                    })  # fmt: skip
                     clock, trained = time.monotonic(), 0.0
                 if self._validation_due():
-                    display.validated(*self._validate(run_log))
+                    self._validate()
                     clock, trained = time.monotonic(), 0.0
+                self._settle(run_log, display)
                 if self._save_due():
                     self.save()
                 if self._asked_to_stop():
@@ -191,9 +205,9 @@ class Trainer:
         rows = self.objective.rows(looked_up_UC)
         share: Terms = self.objective(batch, rows, self.relations, step)
         terms = share.over(self.workers)
-        self._require_finite(share, terms)
+        require_finite_terms(step + 1, share, terms, self.layout, self.workers)
         share.total.backward()
-        self._require_finite_gradients(rows.gradient())
+        require_finite_gradients(step + 1, self._summed_gradients(rows.gradient()), self.layout, self.workers)
         looked_up_UC.backward(rows.gradient())
         self.optimizers.step_dense()
         self.objective.scaling.clamp()
@@ -216,7 +230,8 @@ class Trainer:
         }
         save(self.run_directory, self._state(), facts, self.workers)
         if self.workers.leads:
-            retain(self.run_directory, self.job.checkpoint.keep, self.progress.best_step)
+            waiting = self.progress.waiting or {}
+            retain(self.run_directory, self.job.checkpoint.keep, {self.progress.best_step, waiting.get("step")})
 
     def _state(self) -> dict[str, Any]:
         """Return every tensor of the run that this worker knows of, sharing memory."""
@@ -229,39 +244,74 @@ class Trainer:
         # A worker that holds no block has no fused state, and DCP takes an empty mapping for a tensor that is missing.
         return {name: tensors for name, tensors in state.items() if tensors}
 
-    def _validate(self, run_log: RunLog) -> tuple[str, str]:
-        """Rank the validation triples, update the progress, and return (a line, a few words) about it."""
-        progress, train = self.progress, self.job.train
-        triples = sample_triples(self.graph.triples("valid"), train.valid_triples, self.job.seed)
-        if self._known is None:
-            self._known = KnownTriples.of_graph(self.graph)
+    def _validate(self) -> None:
+        """Rank the validation triples with the model of this step, or commit it for evaluators to rank with."""
+        step = self.progress.step
+        assert self.progress.waiting is None, "results count before the next validation"
+        if self.evaluators is None:
+            start = time.monotonic()
+            mrr = self.validation.mrr(self.table.rows_to_rank(), self.relations.data)
+            self.progress.waiting = {"step": step, "mrr": mrr, "seconds": time.monotonic() - start}
+        else:
+            self.progress.waiting = {"step": step, "mrr": None}
+            self.save()
+
+    def _settle(self, run_log: RunLog, display: Display) -> None:
+        """Let the waiting validation's result count, once its step has come; wait for evaluators if need be."""
+        progress, waiting = self.progress, self.progress.waiting
+        if waiting is None:
+            return
+        step, mrr = waiting["step"], waiting["mrr"]
+        if mrr is None and self.evaluators is not None and self.workers.leads:
+            self.evaluators.begin(step)
+        if progress.step < min(step + self.job.train.validation_lag, self.total_steps):
+            return
         start = time.monotonic()
-        own = self.workers.share(len(triples))
-        ranks = rank_all(
-            triples[own], self.table.all_rows(), self.relations.data, self.layout, self._known,
-            memory_mib=self.job.evaluate.memory_mib, kernels=self.job.runtime.kernels,
-        )  # fmt: skip
-        # Put side by side before the mean is taken, so that it does not depend on the number of workers.
-        both_2nT = torch.zeros(2, len(ranks.dims), len(triples), dtype=torch.float64)
-        both_2nT[:, :, own] = torch.from_numpy(np.stack([ranks.head, ranks.tail]))
-        ranks = Ranks(ranks.dims, *self.workers.sum(both_2nT.to(self.device)).cpu().numpy())
-        mrr = (1 / ranks.of("both")).mean(1)
-        by_dim = {str(dim): float(value) for dim, value in zip(self.layout.dims, mrr, strict=True)}
-        watched = by_dim[str(train.watch_dim)] if train.watch_dim else float(mrr.mean())
-        epoch = progress.step // self.batches.steps_per_epoch
-        progress.validations.append({"step": progress.step, "epoch": epoch, "mrr": by_dim})
+        if mrr is None:
+            mrr = self._evaluated(step)
+            waiting["seconds"] = time.monotonic() - start
+        seconds = round(waiting["seconds"], 2)
+        watched = watched_mrr(mrr, self.job.train.watch_dim)
+        progress.waiting = None
         if progress.best_mrr is None or watched > progress.best_mrr:
-            progress.best_mrr, progress.best_step, progress.stale = watched, progress.step, 0
+            progress.best_mrr, progress.best_step, progress.stale = watched, step, 0
+            if self.workers.leads:
+                write_best(self.run_directory, step, watched)
         else:
             progress.stale += 1
-        seconds = time.monotonic() - start
-        run_log.write("valid", progress.step, {"epoch": epoch, "mrr": by_dim, "seconds": round(seconds, 2)})
-        smallest, largest = self.layout.dims[0], self.layout.dims[-1]
-        words = f"valid MRR {mrr[0]:.4f} @{smallest} {mrr[-1]:.4f} @{largest}"
-        return (
-            f"epoch {epoch}  step {progress.step:,}  {words}  mean {mrr.mean():.4f}  ({seconds:.1f} s)",
-            words,
-        )
+        epoch = step // self.batches.steps_per_epoch
+        progress.validations.append({"step": step, "epoch": epoch, "mrr": mrr})
+        run_log.write("valid", step, {"epoch": epoch, "mrr": mrr, "seconds": seconds})
+        display.validated(*self._told(step, mrr, seconds))
+
+    def _evaluated(self, step: int) -> dict[str, float]:
+        """Return the MRR that evaluators find for a committed step; without them the leader ranks with it."""
+        mrr, failure = None, None
+        if self.workers.leads:
+            try:
+                if self.evaluators is None:
+                    halves_2nT = count_committed(self.job, self.graph, self.run_directory, step)
+                else:
+                    halves_2nT = self.evaluators.counted()
+                mrr = mrr_by_dim(self.layout.dims, halves_2nT)
+            except CheckpointError as cause:
+                failure = str(cause)
+        mrr, failure = self.workers.told([mrr, failure])
+        if failure is not None:
+            raise CheckpointError(failure)
+        return mrr  # type: ignore[no-any-return]
+
+    def _told(self, step: int, mrr: Mapping[str, float], seconds: float) -> tuple[str, str]:
+        """Return (a line, a few words) about a validation."""
+        (smallest, low), (largest, high) = ((dim, mrr[str(dim)]) for dim in (self.layout.dims[0], self.layout.dims[-1]))
+        words = f"valid MRR {low:.4f} @{smallest} {high:.4f} @{largest}"
+        mean = sum(mrr.values()) / len(mrr)
+        epoch = step // self.batches.steps_per_epoch
+        return f"epoch {epoch}  step {step:,}  {words}  mean {mean:.4f}  (training stood still {seconds:.1f} s)", words
+
+    def _run_log(self) -> RunLog:
+        waiting = self.progress.waiting or {}
+        return RunLog(self.run_directory, self.progress.step, waiting.get("step"), leads=self.workers.leads)
 
     def _described(self, terms: Terms) -> Mapping[str, Any]:
         hard = dict(zip(map(str, terms.dims), (round(v, 6) for v in terms.hard.tolist()), strict=True))
@@ -271,6 +321,15 @@ class Trainer:
         epoch = (self.progress.step - 1) // self.batches.steps_per_epoch + 1
         return {"epoch": epoch, **terms.means(), **scaling, "hard_by_dim": hard}
 
+    def _spent(self, collectives: dict[str, float]) -> dict[str, Any]:
+        """Return what this step, or all since the last that was logged, cost each worker, by rank. Collective."""
+        own = {"batch_wait_s": round(self._waited, 4), **memory_mib(self.device)}
+        own |= {f"{kind}_ms": milliseconds for kind, milliseconds in collectives.items()}
+        self._waited = 0.0
+        by_rank = list(enumerate(self.workers.all_of(own)))
+        spent = {name: {str(rank): each.get(name, 0.0) for rank, each in by_rank} for name in own}
+        return {**spent, **self.batches.described()}
+
     def _prefetched(self) -> Iterator[CorruptionBatch | QueryBatch]:
         """Yield the remaining batches, each prepared by a thread while the one before is trained on."""
         if self.progress.step >= self.total_steps:
@@ -279,7 +338,9 @@ class Trainer:
             prepare: Callable[[int], CorruptionBatch | QueryBatch] = self.batches.batch
             coming = pool.submit(prepare, self.progress.step)
             for step in range(self.progress.step, self.total_steps):
+                start = time.monotonic()
                 batch = coming.result()
+                self._waited += time.monotonic() - start
                 if step + 1 < self.total_steps:
                     coming = pool.submit(prepare, step + 1)
                 yield batch.to(self.device)
@@ -289,37 +350,15 @@ class Trainer:
         wanted = self.signal_number is not None or (self._stop_wanted is not None and self._stop_wanted())
         return bool(self.workers.where(flag=wanted))
 
-    def _require_finite(self, share: Terms, terms: Terms) -> None:
-        if not torch.isfinite(terms.total):
-            ranks = self.workers.where(flag=not bool(torch.isfinite(share.total)))
-            raise NonFiniteError(
-                f"step {self.progress.step + 1}{self._on(ranks)}: not finite: {_broken_terms(terms, self.layout)}. "
-                "Nothing was updated; lower optimizer.lr or check med.form, and run again to go on from the last "
-                "checkpoint"
-            )
-
-    def _require_finite_gradients(self, of_entities_UC: Tensor) -> None:
-        """Add up the gradients that every worker keeps, and see that none is broken anywhere."""
+    def _summed_gradients(self, of_entities_UC: Tensor) -> dict[str, Tensor]:
+        """Add up the gradients of the parameters that every worker keeps; return all gradients by name."""
         gradients = {"entities": of_entities_UC}
         for name, parameter in (("relations", self.relations), ("scaling", self.objective.scaling.values)):
             if parameter.requires_grad:
                 gradients[name] = parameter.grad = self.workers.sum(
                     torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 )
-        broken = {name: _first_broken_column(gradient) for name, gradient in gradients.items()}
-        where = next((_place(self.layout, name, column) for name, column in broken.items() if column is not None), None)
-        ranks = self.workers.where(flag=where is not None)
-        if ranks:
-            raise NonFiniteError(
-                f"step {self.progress.step + 1}{self._on(ranks)}: the gradient of the {where or 'entities'} is not "
-                "finite, though the loss is. Nothing was updated; lower optimizer.lr, and run again to go on from the "
-                "last checkpoint"
-            )
-
-    def _on(self, ranks: list[int]) -> str:
-        if self.workers.size == 1:
-            return ""
-        return f", worker{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {self.workers.size}"
+        return gradients
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.step % every == 0
@@ -368,11 +407,13 @@ class Trainer:
 
 def train_worker(
     job: Job, graph: Graph, run_directory: Path, device: torch.device, workers: Workers, resume: str,
-    *, local_workers: int = 1, stop_wanted: Callable[[], bool] | None = None,
+    *, local_workers: int = 1, stop_wanted: Callable[[], bool] | None = None, feed: Feed | None = None,
+    evaluators: Evaluators | None = None,
 ) -> tuple[Outcome, int | None]:  # fmt: skip
     """Do one worker's part of a run, in its process group; the only worker's part is all of it.
 
-    `local_workers` share this machine's cores; `stop_wanted` is asked after each step, beside signals. Returns why
+    `local_workers` share this machine's cores; `stop_wanted` is asked after each step, beside signals. `feed` brings
+    training triples (default: this worker reads them), `evaluators` validate (default: the workers do). Returns why
     training ended, and the number of the signal that asked for it, if this worker got one.
 
     Raises:
@@ -381,7 +422,9 @@ def train_worker(
 
     """
     threads = choose_threads(job.runtime, local_workers)
-    trainer = Trainer(job, graph, run_directory, device, workers, stop_wanted=stop_wanted)
+    trainer = Trainer(
+        job, graph, run_directory, device, workers, stop_wanted=stop_wanted, feed=feed, evaluators=evaluators
+    )
     with naming_the_silent(run_directory / "workers", workers, lambda: trainer.progress.step):
         checkpoint = _found_checkpoint(run_directory, resume, workers)
         if checkpoint is None:
@@ -439,28 +482,29 @@ def _validate_every(job: Job, graph: Graph) -> int:
     return 0
 
 
-def batches_of(job: Job, graph: Graph, workers: Workers = ALONE) -> CorruptionBatches | QueryBatches:
-    """Return the batches that a job's loss trains on.
+def batches_of(
+    job: Job, graph: Graph, workers: Workers = ALONE, feed: Feed | None = None
+) -> CorruptionBatches | QueryBatches:
+    """Return the batches that a job's loss trains on; `feed` brings the triples of binary losses, default: read here.
 
     Raises:
         GraphError: there are no training triples.
 
     """
-    triples = graph.triples("train")
-    if not len(triples):
+    if not graph.num_triples["train"]:
         raise GraphError(f"{graph.directory} has no training triples")
     if job.loss.kind == "softmax":
         table = query_table(
-            triples, graph.num_relations, reciprocal=job.model.reciprocal, max_tails=job.train.max_tails
+            graph.triples("train"), graph.num_relations, reciprocal=job.model.reciprocal, max_tails=job.train.max_tails
         )
         return QueryBatches(table, graph.num_entities, job.negatives, job.train.batch_size, job.seed, workers)
     known = None
     if job.negatives.filter_known:
         known = KnownTriples.of_graph(graph, ["train"])
     return CorruptionBatches(
-        triples=triples, num_entities=graph.num_entities, num_relations=graph.num_relations,
-        section=job.negatives, batch_size=job.train.batch_size, reciprocal=job.model.reciprocal,
-        seed=job.seed, known=known, workers=workers,
+        feed=feed or Feed.of(PartitionReader(graph, job.seed)), num_entities=graph.num_entities,
+        num_relations=graph.num_relations, section=job.negatives, batch_size=job.train.batch_size,
+        reciprocal=job.model.reciprocal, seed=job.seed, known=known, workers=workers,
     )  # fmt: skip
 
 
@@ -477,42 +521,3 @@ def initial_scale(job: Job) -> float:
     if job.model.scorer in DISTANCES:
         return (job.loss.margin + 2) / largest
     return 1e-3 if job.loss.kind == "softmax" else float(largest ** (-1 / 6))
-
-
-def _broken_terms(terms: Terms, layout: Layout) -> str:
-    """Return which terms of a loss are not finite, in words."""
-    broken = [
-        f"hard loss of {_named(layout, d)}"
-        for d, v in zip(terms.dims, terms.hard, strict=True)
-        if not torch.isfinite(v)
-    ]
-    broken += [
-        f"mutual loss of {_named(layout, d)} and the one below"
-        for d, v in zip(terms.mutual_dims, terms.mutual, strict=True)
-        if not torch.isfinite(v)
-    ]
-    rest = {"regularizer": terms.regularizer, "barrier": terms.barrier}
-    broken += [name for name, v in rest.items() if not torch.isfinite(v)]
-    return "; ".join(broken) or "the sum of the terms"
-
-
-def _first_broken_column(gradient: Tensor) -> int | None:
-    """Return the first column of a gradient that holds a number that is not finite; None: all are."""
-    # A sum is finite only if all its terms are, and is taken several times faster than they are looked at.
-    if torch.isfinite(gradient.sum()) or torch.isfinite(gradient).all():
-        return None
-    return int((~torch.isfinite(gradient.reshape(-1, gradient.shape[-1]))).any(0).nonzero()[0])
-
-
-def _place(layout: Layout, name: str, column: int) -> str:
-    """Return a table's column in words: the sub-model whose level it belongs to."""
-    units = {"entities": layout.scorer.unit_columns, "relations": layout.scorer.relation_unit_columns}
-    if name not in units:
-        return name
-    dim = next(d for d in layout.dims if column < d * units[name])
-    return f"{name}, first in the columns of {_named(layout, dim)},"
-
-
-def _named(layout: Layout, dim: int) -> str:
-    """Return a sub-model in words, with its tiers."""
-    return f"sub-model {dim}" + "".join(f" (tier {name})" for name, d in layout.tiers.items() if d == dim)

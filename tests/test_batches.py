@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from medscale.batches.corruption import CorruptionBatch, CorruptionBatches
-from medscale.batches.order import EpochOrder
+from medscale.batches.order import EpochOrder, PartitionOrder
+from medscale.batches.partitions import Feed
 from medscale.batches.queries import QueryBatches, query_table
 from medscale.config import NegativesSection
 from medscale.graph.known_triples import KnownTriples
@@ -27,7 +28,9 @@ def corruption_batches(triples: np.ndarray, **changes: object) -> CorruptionBatc
         k: v for k, v in changes.items() if k in ("batch_size", "reciprocal", "seed", "known")
     }
     section = NegativesSection(**{k: v for k, v in changes.items() if k not in arguments})  # type: ignore[arg-type]
-    return CorruptionBatches(triples, NUM_ENTITIES, NUM_RELATIONS, section, **arguments)  # type: ignore[arg-type]
+    order = PartitionOrder((len(triples),), arguments["seed"])  # type: ignore[arg-type]
+    feed = Feed(order, lambda epoch, place: triples[order.rows(epoch, place)], list)
+    return CorruptionBatches(feed, NUM_ENTITIES, NUM_RELATIONS, section, **arguments)  # type: ignore[arg-type]
 
 
 def positives_of(batch: CorruptionBatch) -> list[tuple[int, int, int]]:

@@ -173,14 +173,14 @@ def test_retention_keeps_the_newest_and_the_best(
     folder = checkpoints_of(run)
     for step in (5, 6, 7):
         shutil.copytree(folder / "step-000000002", folder / f"step-{step:09d}")
-    retain(run, keep=2, best=4)
+    retain(run, keep=2, needed={4, None})
     assert [p.name[-1] for p in committed_steps(run)] == ["4", "6", "7"]
 
     def refuse(path: Path) -> None:
         raise OSError("the disk says no")
 
     monkeypatch.setattr("medscale.checkpoint.retire_directory", refuse)
-    retain(run, keep=2, best=None)
+    retain(run, keep=2, needed={None})
     assert "warning" in capfd.readouterr().err
     assert len(committed_steps(run)) == 3
 

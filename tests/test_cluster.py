@@ -19,6 +19,7 @@ from medscale.graph import ingest as ingest_module
 from medscale.graph.ingest import ingest
 from medscale.graph.reader import Graph
 from medscale.graph.shuffle import HashRange, Shuffled, shuffle
+from medscale.graph.spill import spilled
 from medscale.graph.synthetic import write_raw
 from medscale.logs import Advance
 
@@ -90,6 +91,21 @@ def test_an_error_of_the_machine_keeps_its_number() -> None:
     with pytest.raises(OSError, match="No space left") as caught:
         Tasks(2).run(full_disk, [Path("x")], lambda count: None)
     assert caught.value.errno == errno.ENOSPC
+
+
+def sees_nothing(one: HashRange, advance: Advance) -> tuple[Shuffled, ...]:
+    """As on a node that has another disk."""
+    spilled(one.sources[0].with_name("elsewhere"))
+    raise AssertionError
+
+
+def test_a_node_that_does_not_see_the_files_is_an_error(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest_module, "shuffle", sees_nothing)
+    with pytest.raises(GraphError, match=r"a task does not see .*elsewhere.*; all nodes of the cluster must"):
+        build(raw, tmp_path / "graphs" / "toy", 2)
+    assert list((tmp_path / "graphs").iterdir()) == []
 
 
 def dies_once(one: HashRange, advance: Advance) -> tuple[Shuffled, ...]:

@@ -59,7 +59,7 @@ def test_job_is_valid_under_the_schema(path: Path) -> None:
 def test_skg_is_the_papers() -> None:
     job = load_job(ROOT / "jobs" / "skg.yaml")
     assert job.graph.synthetic is not None
-    assert (job.graph.synthetic.num_users, job.graph.synthetic.num_triples) == (7_000_000, 50_000_000)
+    assert (job.graph.synthetic.num_users, job.graph.synthetic.num_triples) == (5_526_835, 50_775_620)
     assert job.model.scorer == "transe"
     assert job.model.tiers == {"phone": 10, "pc": 100, "server": 500}
 

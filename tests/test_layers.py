@@ -12,16 +12,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "medscale"
 
 #: the import table: a module may import from layers below its own, and from its own without cycles
 LAYERS = (
-    ("errors", "storage", "manifest", "seed", "logs"),
+    ("errors", "location", "storage", "manifest", "seed", "logs"),
     ("config", "jobfile", "options", "workers", "pulse", "cluster"),
     ("graph",),
     ("batches",),
     ("model",),
     ("loss", "objective"),
     ("distributed", "sharding", "optimizer"),
-    ("checkpoint", "ranking", "metrics"),
+    ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
     ("trainer", "prepare", "evaluate", "split", "plan", "doctor", "report"),
-    ("launch", "train", "export", "cli"),
+    ("launch", "readers", "evaluators", "train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

@@ -83,7 +83,7 @@ def trained(workers: Workers, jobs: list[Job], graph_directory: Path, run_direct
         trainer = Trainer(job, graph, run_directory, CPU, workers)
         trainer.initialise()
         terms = [trainer.train_step(trainer.batches.batch(step)) for step in range(steps)]
-        rows = trainer.table.all_rows().slice(0, graph.num_entities).clone()
+        rows = trainer.table.rows_to_rank().slice(0, graph.num_entities).clone()
         scaling = trainer.objective.scaling.values.detach()
         results.append([t.detach().numpy().copy() for t in (rows, trainer.relations.detach(), scaling, terms[-1].hard)])
     return results
@@ -192,11 +192,11 @@ def broken(workers: Workers, job: Job, graph_directory: Path, run_directory: Pat
             return dataclasses.replace(terms, total=terms.total * float("nan"), regularizer=terms.regularizer / 0)
 
         trainer.objective.forward = break_it  # type: ignore[method-assign]
-    before = trainer.table.all_rows().slice(0, 90).clone()
+    before = trainer.table.rows_to_rank().slice(0, 90).clone()
     try:
         trainer.train_step(trainer.batches.batch(2))
     except NonFiniteError as error:
-        assert torch.equal(before, trainer.table.all_rows().slice(0, 90)), "nothing may be updated"
+        assert torch.equal(before, trainer.table.rows_to_rank().slice(0, 90)), "nothing may be updated"
         return str(error)
     return "it went on"
 

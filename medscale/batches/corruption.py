@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medscale.batches.order import EpochOrder
+from medscale.batches.partitions import Feed
 from medscale.config import NegativesSection
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.side import Side
@@ -81,8 +81,7 @@ class CorruptionBatch:
 class CorruptionBatches:
     """All batches of a run, by step."""
 
-    #: int64[num_triples, 3]
-    triples: Ids
+    feed: Feed
     num_entities: int
     num_relations: int
     section: NegativesSection
@@ -97,17 +96,20 @@ class CorruptionBatches:
     @property
     def steps_per_epoch(self) -> int:
         """Steps that visit every triple once; the last one may be short."""
-        return -(-len(self.triples) // self.batch_size)
+        return -(-len(self.feed.order) // self.batch_size)
 
     def batch(self, step: int) -> CorruptionBatch:
         """Return the batch of a step (0-based)."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        order = EpochOrder(len(self.triples), self.seed)
-        triples = self.triples[order.indices(epoch, start, min(start + self.batch_size, len(self.triples)))]
+        triples = self.feed.triples(epoch, start, min(start + self.batch_size, len(self.feed.order)))
         draws = generator(self.seed, "negatives", step)
         parts = [self._corruption(*part, draws) for part in self._parts(triples, step)]
         return _compact(parts, self.workers, len(triples))
+
+    def described(self) -> dict[str, Any]:
+        """Return, for the run's log, what the readers have done."""
+        return self.feed.described()
 
     def _parts(self, triples: Ids, step: int) -> Iterator[tuple[Side, Ids, int]]:
         """Yield (side to replace, triples [X, P, 3], candidates per chunk)."""

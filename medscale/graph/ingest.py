@@ -249,6 +249,13 @@ def _errors_of_the_machine(section: GraphSection, parent: Path) -> Iterator[None
             f"preparing ran out of memory ({_first_line(cause)}); it aims at graph.memory_mib = {section.memory_mib} "
             "beside what libraries take: lower it, or make room"
         ) from cause
+    except FileNotFoundError as cause:
+        if section.tasks == 1:
+            raise
+        raise GraphError(
+            f"a task does not see {cause.filename}; all nodes of the cluster must see the raw files and {parent}, or "
+            "graph.tasks must be 1"
+        ) from cause
     except OSError as cause:
         if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

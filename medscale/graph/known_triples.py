@@ -52,15 +52,22 @@ class KnownTriples:
         }
 
     @classmethod
-    def of_graph(cls, graph: Graph, splits: Sequence[str] = SPLITS) -> "KnownTriples":
-        """Index the triples of a graph's splits.
+    def of_graph(
+        cls, graph: Graph, splits: Sequence[str] = SPLITS, *, about: Ints | None = None
+    ) -> "KnownTriples":  # fmt: skip
+        """Index the triples of a graph's splits; those only that answer a query of `about`, int64 [Q, 3].
+
+        Ranking Q triples asks for the answers of 2 Q queries: indexing what is about them alone takes memory for
+        their answers, not for the graph.
 
         Raises:
             GraphError: a file of the graph is damaged.
 
         """
-        triples = [graph.triples(split) for split in splits]
-        return cls(triples, num_entities=graph.num_entities, num_relations=graph.num_relations)
+        groups = (rows for split in splits for path in graph.parts(split) for rows in graph.read_part(path))
+        if about is not None:
+            groups = (rows[_answers_any(rows, about, graph.num_relations)] for rows in groups)
+        return cls(list(groups), num_entities=graph.num_entities, num_relations=graph.num_relations)
 
     def __len__(self) -> int:
         """Return the number of distinct known triples."""
@@ -123,3 +130,14 @@ def _sorted_pairs(query: Ints, filler: Ints, num_entities: int) -> tuple[Ints, I
     query, filler = query[order], filler[order]
     fresh = (np.diff(query, prepend=-1) != 0) | (np.diff(filler, prepend=-1) != 0)
     return query[fresh], filler[fresh]
+
+
+def _answers_any(rows: Ints, about: Ints, num_relations: int) -> npt.NDArray[np.bool_]:
+    """Tell which triples share head and relation, or relation and tail, with one of `about`; both int64 [n, 3]."""
+    found = np.zeros(len(rows), dtype=bool)
+    for known in (0, 2):
+        asked = np.unique(about[:, known] * num_relations + about[:, 1])
+        if len(asked):
+            query = rows[:, known] * num_relations + rows[:, 1]
+            found |= asked[np.minimum(np.searchsorted(asked, query), len(asked) - 1)] == query
+    return found

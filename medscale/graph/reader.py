@@ -23,17 +23,19 @@ from medscale.graph.schema import (
     TYPES_SCHEMA,
     open_parquet,
 )
+from medscale.location import Location
 from medscale.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from medscale.storage import safe_join, sha256_of
 
-__all__ = ["Graph", "open_graph"]
+__all__ = ["Graph", "graph_exists", "open_graph"]
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A prepared graph. What its methods return is read from disk anew, and checked, at every call."""
+    """A prepared graph. What its methods return is read from its files anew, and checked, at every call."""
 
-    directory: Path
+    #: local, or on any filesystem of pyarrow's; `schema.open_parquet` opens its Parquet files either way
+    directory: Location
     name: str
     num_entities: int
     num_relations: int
@@ -46,7 +48,7 @@ class Graph:
     #: relative names of all files, in order
     files: tuple[str, ...]
 
-    def parts(self, split: str) -> list[Path]:
+    def parts(self, split: str) -> list[Location]:
         """Return the Parquet files of a split ("train", "valid", "test"), in order; none if it is empty."""
         assert split in SPLITS, split
         return self._under(split)
@@ -70,7 +72,7 @@ class Graph:
             raise GraphError(f"{self.directory}: {split} holds {filled} triples, its manifest says {len(triples)}")
         return triples
 
-    def read_part(self, path: Path) -> Iterator[npt.NDArray[np.int64]]:
+    def read_part(self, path: Location) -> Iterator[npt.NDArray[np.int64]]:
         """Yield one file's triples, int64 [rows, 3] per row group, so that one row group is in memory.
 
         Raises:
@@ -125,10 +127,10 @@ class Graph:
             raise GraphError(f"{self.directory / ENTITY_TYPES} names an entity out of range; prepare the graph anew")
         return table
 
-    def _under(self, prefix: str) -> list[Path]:
+    def _under(self, prefix: str) -> list[Location]:
         return [safe_join(self.directory, name) for name in self.files if name.split("/")[0] == prefix]
 
-    def _names(self, paths: list[Path], count: int) -> pa.Array:
+    def _names(self, paths: list[Location], count: int) -> pa.Array:
         table = pa.concat_tables(
             [NAMES_SCHEMA.empty_table(), *(t for p in paths for t in _row_groups(p, NAMES_SCHEMA))]
         )
@@ -140,22 +142,43 @@ class Graph:
         return names.combine_chunks() if names.nbytes < 2**31 else names
 
 
-def open_graph(directory: Path, *, verify: bool = True) -> Graph:
+def graph_exists(directory: Location) -> bool:
+    """Tell whether a graph, whole or damaged, is in the way of building one here.
+
+    A local directory appears as a whole, by rename. Elsewhere nothing can be renamed: there the manifest, which is
+    written last, is what makes files a graph, and files without one are what an interrupted upload left.
+
+    Raises:
+        GraphError: the filesystem cannot be reached, or refuses.
+
+    """
+    if isinstance(directory, Path):
+        return directory.exists()
+    try:
+        return (directory / MANIFEST).is_file()
+    except (OSError, ValueError) as cause:
+        raise GraphError(f"{directory} cannot be reached: {cause}") from None
+
+
+def open_graph(directory: Location, *, verify: bool = True) -> Graph:
     """Open a graph directory; with `verify` every byte is checked against the manifest first.
 
     Raises:
-        GraphError: it is missing, incomplete, damaged, or of another format; names the file.
+        GraphError: it is missing, incomplete, damaged, out of reach, or of another format; names the file.
 
     """
     manifest = read_manifest(directory, GRAPH_KIND, GRAPH_FORMAT, GraphError)
     if verify:
         verify_files(directory, manifest, GraphError)
     name, entities, relations, triples = _checked_facts(directory, manifest)
-    identity = sha256_of(directory / MANIFEST)
+    try:
+        identity = sha256_of(directory / MANIFEST)
+    except (OSError, ValueError) as cause:
+        raise GraphError(f"{directory / MANIFEST} cannot be read: {cause}") from None
     return Graph(directory, name, entities, relations, triples, identity, manifest.facts, tuple(sorted(manifest.files)))
 
 
-def _checked_facts(directory: Path, manifest: Manifest) -> tuple[str, int, int, dict[str, int]]:
+def _checked_facts(directory: Location, manifest: Manifest) -> tuple[str, int, int, dict[str, int]]:
     facts = manifest.facts
     name, triples = facts.get("name"), facts.get("num_triples")
     entities, relations = facts.get("num_entities"), facts.get("num_relations")
@@ -170,13 +193,18 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _row_groups(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+def _row_groups(path: Location, schema: pa.Schema) -> Iterator[pa.Table]:
+    where = str(path)
     try:
         with open_parquet(path) as parquet:
             if not parquet.schema_arrow.equals(schema):
                 found = ", ".join(f"{field.name} {field.type}" for field in parquet.schema_arrow)
                 raise GraphError(f"{path} has columns {found}, not a graph's; prepare the graph anew")
             for group in range(parquet.metadata.num_row_groups):
+                where = f"{path}: row group {group} (from 0)"
                 yield parquet.read_row_group(group)
     except (pa.ArrowException, OSError) as cause:
-        raise GraphError(f"{path} is damaged or missing: {cause}; prepare the graph anew") from None
+        trouble, advice = "damaged or missing", "prepare the graph anew"
+        if not isinstance(path, Path):
+            trouble, advice = "damaged, missing or out of reach", "try again, or prepare the graph anew"
+        raise GraphError(f"{where} is {trouble}: {cause}; {advice}") from None

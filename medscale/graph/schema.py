@@ -16,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medscale.location import Location
+
 __all__ = [
     "ENTITIES",
     "ENTITY_TYPES",
@@ -69,14 +71,17 @@ def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a Parquet file for reading; pages that carry a checksum are checked against it.
+def open_parquet(path: Location) -> pq.ParquetFile:
+    """Open a Parquet file for reading, wherever it lies; pages that carry a checksum are checked against it.
 
     Raises:
-        OSError, pyarrow.ArrowInvalid: not a Parquet file, or its footer is damaged.
+        OSError, pyarrow.ArrowInvalid: not a Parquet file, its footer is damaged, or its filesystem is out of reach.
 
     """
-    return pq.ParquetFile(path, page_checksum_verification=True)
+    if isinstance(path, Path):
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    # With pre_buffer a row group is one request, not one for each column.
+    return pq.ParquetFile(path.path, filesystem=path.filesystem, pre_buffer=True, page_checksum_verification=True)
 
 
 class PartWriter:

@@ -32,7 +32,7 @@ from medscale.model.layout import Block, Layout
 from medscale.seed import generator
 from medscale.workers import ALONE, Workers
 
-__all__ = ["EntityTable", "Placement", "TableRows", "initial_relations"]
+__all__ = ["EntityTable", "LookedUpRows", "Placement", "TableRows", "initial_relations"]
 
 #: by block: the worker that holds it, or None: its rows are spread over all
 Placement = dict[str, int | None]
@@ -152,18 +152,13 @@ class EntityTable(nn.Module):
         return {key: value for block in states.values() for key, value in block.items()}
 
     def all_rows(self) -> "TableRows":
-        """Return the whole table, for ranking: a worker alone shares memory with it, several gather a copy each."""
-        if self.workers.size == 1:
-            return TableRows([weight for _, _, weight in self._local_weights()], self.layout.num_columns)
-        local = {(block.name, first): weight for block, first, weight in self._local_weights()}
-        blocks = []
-        for block in self.layout.blocks:
-            rows = torch.zeros(self.layout.num_entities, block.width, device=self.workers.device)
-            for (name, first), weight in local.items():
-                if name == block.name:
-                    rows[first : first + len(weight)] = weight
-            blocks.append(self.workers.sum(rows))
-        return TableRows(blocks, self.layout.num_columns)
+        """Return the whole table of a worker alone, sharing memory with it."""
+        assert self.workers.size == 1, "several workers look rows up"
+        return TableRows([weight for _, _, weight in self._local_weights()], self.layout.num_columns)
+
+    def rows_to_rank(self) -> "TableRows | LookedUpRows":
+        """Return the whole table for ranking: in memory, or looked up portion by portion by all workers together."""
+        return self.all_rows() if self.workers.size == 1 else LookedUpRows(self)
 
     def _local_weights(self) -> Iterator[tuple[Block, int, Tensor]]:
         """Yield (block, first row, rows) of what this worker holds."""
@@ -190,6 +185,11 @@ class TableRows:
         """Rows of the table."""
         return self.blocks[0].shape[0]
 
+    @property
+    def candidates(self) -> range:
+        """All entities."""
+        return range(self.num_entities)
+
     def gather(self, entities: Tensor) -> Tensor:
         """Return rows [U, C] by id [U]."""
         return torch.cat([block[entities] for block in self.blocks], 1)[:, : self.num_columns]
@@ -197,6 +197,27 @@ class TableRows:
     def slice(self, start: int, stop: int) -> Tensor:
         """Return rows [stop - start, C]."""
         return torch.cat([block[start:stop] for block in self.blocks], 1)[:, : self.num_columns]
+
+
+@dataclass(frozen=True)
+class LookedUpRows:
+    """The entity table of several workers. Every call is collective: each worker asks for rows, and gets them whole."""
+
+    table: EntityTable
+
+    @property
+    def candidates(self) -> range:
+        """All entities."""
+        return range(self.table.layout.num_entities)
+
+    @torch.no_grad()
+    def gather(self, entities: Tensor) -> Tensor:
+        """Return rows [U, C] by id [U]."""
+        return self.table.rows(entities)
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        """Return rows [stop - start, C]."""
+        return self.gather(torch.arange(start, stop, device=self.table.workers.device))
 
 
 def initial_relations(layout: Layout, seed: int, scale: float) -> Tensor:

@@ -23,6 +23,7 @@ __all__ = [
     "in_own_process",
     "median_milliseconds",
     "peak_mib",
+    "private_mib",
     "reset_peak",
     "resident_mib",
 ]
@@ -99,6 +100,12 @@ def reset_peak() -> None:
 def peak_mib() -> float:
     """Return the most memory (resident set) that this process has had."""
     return _status_mib("VmHWM")
+
+
+def private_mib(pid: int) -> float:
+    """Return the memory that a process shares with no other, which leaves out Ray's object store and libraries."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("Private_"))
 
 
 def resident_mib() -> float:

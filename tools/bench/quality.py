@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("MEDSCALE_DATA_DIR") or "data"))
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    parser.add_argument("--graphs-dir", type=Path, default=Path("graphs"))
+    parser.add_argument("--graphs-dir", default="graphs", help="directory or URI")
     parser.add_argument("--cores", help="which CPU cores, such as 0 or 0,1; default: all")
     parser.add_argument("--minutes", type=float, help="interrupt training after this long")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -71,7 +71,7 @@ def main() -> None:
     cores = [int(c) for c in arguments.cores.split(",")] if arguments.cores else sorted(os.sched_getaffinity(0))
     places = [
         str(arguments.job), "--data-dir", str(arguments.data_dir), "--runs-dir", str(arguments.runs_dir),
-        "--graphs-dir", str(arguments.graphs_dir),
+        "--graphs-dir", arguments.graphs_dir,
     ]  # fmt: skip
     seconds = run(["train", *places], cores, arguments.minutes)
     if arguments.minutes is not None:

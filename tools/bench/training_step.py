@@ -30,6 +30,7 @@ from records import Record, options, parse, publish
 from torch import Tensor
 from workload import SCORERS, SHARING, TIERS, add_data_option, dims_of, job_of, prepared_graph
 
+from medscale import trainer as trainer_module
 from medscale.distributed import process_group
 from medscale.graph.reader import open_graph
 from medscale.logs import log
@@ -73,8 +74,8 @@ def put_on(clock: Clock) -> None:
         (Objective, "rows", "loss"),
         (Objective, "forward", "loss"),
         (Kernels, "corruption_loss", "kernel"),
-        (Trainer, "_require_finite", "guards"),
-        (Trainer, "_require_finite_gradients", "guards"),
+        (trainer_module, "require_finite_terms", "guards"),
+        (trainer_module, "require_finite_gradients", "guards"),
         (Optimizers, "set_rates", "update"),
         (Optimizers, "step_dense", "dense update"),
         (Trainer, "train_step", "rest"),
