@@ -48,9 +48,12 @@ class Tasks:
     died, so what it writes is the same each time, replaces what is there, and appears whole.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, directory: Path | None = None) -> None:
+        assert number == 1 or directory is not None
         #: tasks at a time; 1: in this process
         self.number = number
+        #: where all nodes see that tasks are to end
+        self._directory = directory
 
     def run(self, function: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance) -> list[Result]:
         """Return the function's results in the order of the items.
@@ -60,9 +63,9 @@ class Tasks:
             Exception: what the function raised, here as there. All tasks have ended.
 
         """
-        if self.number == 1:
+        if self._directory is None:
             return [function(item, advance) for item in items]
-        return _on_ray(function, items, advance, self.number)
+        return _on_ray(function, items, advance, self.number, self._directory / "stop.request")
 
 
 #: in this process, one after the other
@@ -70,14 +73,20 @@ HERE = Tasks(1)
 
 
 @contextlib.contextmanager
-def tasks_of(number: int) -> Iterator[Tasks]:
-    """Yield what runs `number` tasks at a time; more than one on a Ray cluster, for as long as the block lasts."""
-    with cluster() if number > 1 else contextlib.nullcontext():
-        yield Tasks(number)
+def tasks_of(number: int, directory: Path) -> Iterator[Tasks]:
+    """Yield what runs `number` tasks at a time; more than one on a Ray cluster, for as long as the block lasts.
+
+    All nodes see `directory`; a file there asks tasks to end after another one failed.
+    """
+    if number == 1:
+        yield HERE
+    else:
+        with cluster():
+            yield Tasks(number, directory.absolute())
 
 
 def _on_ray(
-    function: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance, number: int
+    function: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance, number: int, stop: Path
 ) -> list[Result]:
     import ray
 
@@ -90,28 +99,36 @@ def _on_ray(
         while waiting or running:
             while waiting and len(running) < number:
                 index, item = waiting.pop()
-                running[task.remote(function, item)] = index
+                running[task.remote(function, item, stop)] = index
             (done, *_), _ = ray.wait(list(running), num_returns=1)
-            results[running[done]], units = _result(done, function.__name__)
-            del running[done]
+            index = running.pop(done)
+            results[index], units = _result(done, function.__name__)
             advance(units)
     finally:
-        # Nothing is written any more once this returns: the caller removes what failed.
-        for reference in running:
-            ray.cancel(reference, force=True)
+        # Nothing is written any more once this returns: the caller removes what failed. Ray's own way to cancel a task
+        # brings this process down where the task ends at that moment (Ray 2.60: "Tried to complete task").
         if running:
+            with contextlib.suppress(OSError):
+                stop.touch()
             ray.wait(list(running), num_returns=len(running))
     return [results[index] for index in range(len(items))]
 
 
-def _task(function: Callable[[Item, Advance], Result], item: Item) -> tuple[Result, int]:
+class _StoppedError(Exception):
+    """Another task failed: this one ends, and nobody asks for its result."""
+
+
+def _task(function: Callable[[Item, Advance], Result], item: Item, stop: Path) -> tuple[Result, int]:
     """Run in a process of Ray's: return the result, and by how much it advanced."""
     units = 0
 
     def advance(count: int) -> None:
         nonlocal units
+        if stop.exists():
+            raise _StoppedError
         units += count
 
+    advance(0)
     result = function(item, advance)
     return result, units
 

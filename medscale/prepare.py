@@ -107,7 +107,10 @@ def _built(job: Job, data_root: Path, directory: Path, progress: Progress) -> Gr
             directory=directory,
             progress=progress,
         )
-    with tasks_of(section.tasks) as tasks, staging_directory(directory.with_name(directory.name + ".raw")) as raw:
+    with (
+        staging_directory(directory.with_name(directory.name + ".raw")) as raw,
+        tasks_of(section.tasks, raw) as tasks,
+    ):
         with progress("generating", section.synthetic.num_triples, "triples") as advance:
             write_raw(section.synthetic, seed, raw, advance, tasks)
         graph = ingest(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_any_number_of_tasks_builds_the_same_graph(raw: Path, alone: Graph, tmp_
 def test_generated_files_are_the_same(tmp_path: Path) -> None:
     section = SyntheticSection(num_users=300, num_triples=5_000, part_triples=1_500)
     done: list[int] = []
-    for tasks in (HERE, Tasks(3)):
+    for tasks in (HERE, Tasks(3, tmp_path)):
         write_raw(section, 0, tmp_path / str(tasks.number), done.append, tasks)
     assert sum(done) == 10_000
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.parquet")} for name in "13"]
@@ -87,9 +88,9 @@ def full_disk(path: Path, advance: Advance) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 
-def test_an_error_of_the_machine_keeps_its_number() -> None:
+def test_an_error_of_the_machine_keeps_its_number(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught:
-        Tasks(2).run(full_disk, [Path("x")], lambda count: None)
+        Tasks(2, tmp_path).run(full_disk, [Path("x")], lambda count: None)
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -103,7 +104,7 @@ def test_a_node_that_does_not_see_the_files_is_an_error(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ingest_module, "shuffle", sees_nothing)
-    with pytest.raises(GraphError, match=r"a task does not see .*elsewhere.*; all nodes of the cluster must"):
+    with pytest.raises(GraphError, match=r"a task does not see a file .*elsewhere.*; all nodes of the cluster must"):
         build(raw, tmp_path / "graphs" / "toy", 2)
     assert list((tmp_path / "graphs").iterdir()) == []
 
@@ -138,25 +139,28 @@ def test_a_task_that_dies_each_time_leaves_nothing(raw: Path, tmp_path: Path, mo
     assert list((tmp_path / "graphs").iterdir()) == []
 
 
-def slow(number: int, advance: Advance) -> int:
-    import time
-
-    if number == 1:
-        raise MedscaleError("number 1")
-    time.sleep(60)
-    return number
-
-
-def test_the_first_error_ends_the_other_tasks() -> None:
-    with pytest.raises(MedscaleError, match="number 1"):
-        Tasks(2).run(slow, [0, 1, 2], lambda count: None)
+def slow(started: Path, advance: Advance) -> None:
+    """Fail where there is a file already; else make one, and go on for minutes."""
+    if started.exists():
+        raise MedscaleError("the second")
+    started.touch()
+    for _ in range(3_000):
+        time.sleep(0.1)
+        advance(1)
 
 
-def test_results_come_in_the_order_of_the_items() -> None:
+def test_an_error_ends_the_other_tasks(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(MedscaleError, match="the second"):
+        Tasks(2, tmp_path).run(slow, [tmp_path / "started"] * 3, lambda count: None)
+    assert time.monotonic() - begin < 60
+
+
+def test_results_come_in_the_order_of_the_items(tmp_path: Path) -> None:
     done: list[int] = []
-    assert Tasks(3).run(doubled, list(range(20)), done.append) == list(range(0, 40, 2))
+    assert Tasks(3, tmp_path).run(doubled, list(range(20)), done.append) == list(range(0, 40, 2))
     assert sum(done) == 20
-    assert Tasks(3).run(doubled, [], done.append) == []
+    assert Tasks(3, tmp_path).run(doubled, [], done.append) == []
 
 
 def doubled(number: int, advance: Advance) -> int:

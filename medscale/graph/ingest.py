@@ -78,7 +78,7 @@ __all__ = ["Progress", "ingest", "source_of"]
 Progress = Callable[[str, int, str], AbstractContextManager[Advance]]
 
 #: a chunk or a range takes this share of the memory of a task, which holds several times its size while it works on it
-_SHARE = 8
+_SHARE = 10
 #: and no more than Arrow's strings can address with room to spare
 _MOST_BYTES = 1 << 30
 #: samples of names per range, for each chunk: how even the ranges are
@@ -142,7 +142,7 @@ def ingest(
         # Beside the graph, where all nodes see it, and with a name that says that it may be deleted.
         staging_directory(directory.with_name(directory.name + ".scratch")) as scratch,
         staging_directory(directory) as draft,
-        tasks_of(section.tasks) as tasks,
+        tasks_of(section.tasks, scratch) as tasks,
     ):
         stages = _Stages(section, seed, scratch, draft, tasks, progress)
         counts = _Counts()
@@ -253,7 +253,7 @@ def _errors_of_the_machine(section: GraphSection, parent: Path) -> Iterator[None
         if section.tasks == 1:
             raise
         raise GraphError(
-            f"a task does not see {cause.filename}; all nodes of the cluster must see the raw files and {parent}, or "
+            f"a task does not see a file ({cause}); all nodes of the cluster must see the raw files and {parent}, or "
             "graph.tasks must be 1"
         ) from cause
     except OSError as cause:
