@@ -300,6 +300,25 @@ def test_chunks_and_ranges_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(types.column("entity").to_pylist()) == set(range(pieces.num_entities))
 
 
+def test_more_chunks_and_ranges_than_files_may_be_open(tmp_path: Path) -> None:
+    in_pieces(tmp_path, many(3_000), 60)
+    program = f"""
+import resource
+from pathlib import Path
+from medscale.config import GraphSection
+from medscale.graph import ingest as module
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+module._MOST_BYTES = 6_000
+section, root = GraphSection(train=("part-*.tsv",), valid_fraction=0.1), Path({str(tmp_path)!r})
+print(module.ingest(section, name="toy", seed=0, data_root=root, directory=root / "toy").sha256)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    section = GraphSection(train=("part-*.tsv",), valid_fraction=0.1)
+    whole = ingest(section, name="toy", seed=0, data_root=tmp_path, directory=tmp_path / "whole")
+    assert done.stdout.strip() == whole.sha256
+
+
 def test_ids_and_rows_are_in_the_documented_order(tmp_path: Path) -> None:
     """Ids by name, rows and splits by the MD5 of a text: written down here once more, plainly."""
     triples = set(many(3_000))
@@ -587,7 +606,7 @@ def test_a_killed_ingest_is_repeated_cleanly(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_by_its_key(tmp_path: Path) -> None:
-    """A million triples of two million names: some 140 MB of text, and 350 MiB of memory where all of it may lie there."""
+    """A million triples of two million names: some 70 MB of text, and 400 MiB where all may lie in memory."""
     for part in range(10):
         rows = (f"a name of some length {i:09d}\tr\tanother name, longer {i:09d}\n" for i in range(100_000))
         write(tmp_path / f"t{part}.tsv", "".join(f"{part}{row}" for row in rows).encode())

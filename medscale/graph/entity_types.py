@@ -11,7 +11,7 @@ from medscale.graph.chunks import INTEGER, ROW_BYTES
 from medscale.graph.raw import read_rows
 from medscale.graph.schema import TYPES_SCHEMA
 from medscale.graph.sources import RawFile, RawLayout
-from medscale.graph.spill import spill, spilled
+from medscale.graph.spill import copied, spill, spilled
 from medscale.graph.vocab import Range, order_of, place_of
 from medscale.logs import Advance
 
@@ -91,7 +91,7 @@ def match_types(one: Matching, advance: Advance) -> tuple[int, int]:
         entities = batch.column("entity")
         start = place_of(one.entities.low, entities, numerical=numerical, none=0)
         end = place_of(one.entities.high, entities, numerical=numerical, none=len(entities))
-        slices.append(batch.slice(start, end - start))
+        slices.append(copied(batch.slice(start, end - start)))
     rows = pa.Table.from_batches(slices)
     places = pc.index_in(rows.column("entity"), value_set=spilled(one.entities.names).column("name"))
     rows, places = rows.filter(places.is_valid()), places.drop_null()

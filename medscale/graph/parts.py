@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from medscale.graph.schema import NAMES_SCHEMA, PART_ROWS, ROW_GROUP_ROWS, PartWriter, open_writer
-from medscale.graph.spill import spilled
+from medscale.graph.spill import copied, spilled
 from medscale.logs import Advance
 
 __all__ = ["Part", "parts_of", "write_part", "write_relations"]
@@ -59,7 +59,7 @@ def _rows_of(part: Part) -> Iterator[dict[str, pa.Array]]:
         batch = spilled(path)
         for first in range(max(part.first, start), min(part.last, end), ROW_GROUP_ROWS):
             last = min(first + ROW_GROUP_ROWS, part.last, end)
-            rows = batch.slice(first - start, last - first)
+            rows = copied(batch.slice(first - start, last - first))
             columns = {name: rows.column(name) for name in rows.schema.names}
             if part.schema.equals(NAMES_SCHEMA):
                 columns = {"id": pa.array(np.arange(first, last, dtype=np.int64)), **columns}

@@ -14,7 +14,7 @@ import pyarrow as pa
 from medscale.graph.chunks import Kind
 from medscale.graph.hashing import hashes
 from medscale.graph.schema import SPLITS, TRIPLE_COLUMNS
-from medscale.graph.spill import spill, spilled
+from medscale.graph.spill import copied, spill, spilled
 from medscale.graph.vocab import Piece, ids_of_codes
 from medscale.logs import Advance
 
@@ -106,7 +106,7 @@ def _rows_of(one: HashRange) -> dict[str, npt.NDArray[np.generic]]:
         hashed = np.asarray(batch.column("hash"))
         start = int(np.searchsorted(hashed, np.uint64(one.low)))
         end = int(np.searchsorted(hashed, np.uint64(one.high))) if one.high < 1 << 64 else len(hashed)
-        slices.append(batch.slice(start, end - start))
+        slices.append(copied(batch.slice(start, end - start)))
     table = pa.Table.from_batches(slices)
     return {name: table.column(name).to_numpy() for name in table.column_names}
 

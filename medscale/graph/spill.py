@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-__all__ = ["spill", "spilled"]
+__all__ = ["copied", "spill", "spilled"]
 
 
 def spill(path: Path, columns: Mapping[str, Any]) -> None:
@@ -22,3 +22,8 @@ def spill(path: Path, columns: Mapping[str, Any]) -> None:
 def spilled(path: Path) -> pa.RecordBatch:
     """Return what `spill` wrote, mapped: of its columns, and slices of them, only what is read is in memory."""
     return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+
+def copied(rows: pa.RecordBatch) -> pa.RecordBatch:
+    """Return a copy, so that the file may be closed: there are more files than a process may have open."""
+    return pa.concat_batches([rows])

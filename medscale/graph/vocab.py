@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medscale.graph.chunks import Kind
-from medscale.graph.spill import spill, spilled
+from medscale.graph.spill import copied, spill, spilled
 from medscale.logs import Advance
 
 __all__ = [
@@ -137,8 +137,9 @@ def number_range(one: Range, advance: Advance) -> NumberedRange:
         names = batch.column("name")
         start = place_of(one.low, names, numerical=one.numerical, none=0)
         end = place_of(one.high, names, numerical=one.numerical, none=len(names))
-        found.append(names.slice(start, end - start))
-        seen.append(np.asarray(batch.column("seen").slice(start, end - start)))
+        rows = copied(batch.slice(start, end - start))
+        found.append(rows.column("name"))
+        seen.append(np.asarray(rows.column("seen")))
     encoded = pa.chunked_array(found, pa.string()).dictionary_encode().chunks  # all with one dictionary
     codes, seen_here = np.concatenate([np.asarray(chunk.indices) for chunk in encoded]), np.concatenate(seen)
     distinct = encoded[-1].dictionary
