@@ -28,7 +28,7 @@ from medscale.errors import CheckpointError
 from medscale.logs import log
 from medscale.manifest import Manifest, parse_json, read_manifest, verify_files, write_manifest
 from medscale.model.embedding import TableRows
-from medscale.model.layout import Layout, layout_of
+from medscale.model.layout import Block, Layout, layout_of
 from medscale.storage import (
     TMP,
     commit_directory,
@@ -343,7 +343,7 @@ class Tables:
 
     def rows(self) -> TableRows:
         """Return the whole entity table."""
-        return TableRows([self._block(b.name, b.width) for b in self.layout.blocks], self.layout.num_columns)
+        return TableRows([self._block(b) for b in self.layout.blocks], self.layout.num_columns)
 
     @cached_property
     def relation_table(self) -> Tensor:
@@ -356,14 +356,14 @@ class Tables:
     def shard(self, part: slice, others: NDArray[np.int64]) -> "ShardRows":
         """Return the rows of a part of the entities, and single ones of others by id (sorted).
 
-        One block as a whole is in memory beside them.
+        One block as a whole is in memory beside them, and none stays.
         """
         parts, single = [], []
         for block in self.layout.blocks:
-            rows = self._block(block.name, block.width)
-            parts.append(rows[part].clone())
+            rows = self._read(block)
+            whole = len(range(*part.indices(len(rows)))) == len(rows)
+            parts.append(rows if whole else rows[part].clone())
             single.append(rows[torch.from_numpy(others)])
-            del rows, self._blocks[block.name]
         num_columns = self.layout.num_columns
         return ShardRows(
             TableRows(parts, num_columns), part.start, torch.from_numpy(others), torch.cat(single, 1)[:, :num_columns]
@@ -372,7 +372,7 @@ class Tables:
     def entity_columns(self, start: int, stop: int, num_columns: int) -> NDArray[np.float32]:
         """Return the first `num_columns` columns of rows start .. stop - 1; reads only the blocks that hold them."""
         needed = [b for b in self.layout.blocks if b.start < num_columns]
-        parts = [self._block(b.name, b.width)[start:stop] for b in needed]
+        parts = [self._block(b)[start:stop] for b in needed]
         columns: NDArray[np.float32] = torch.cat(parts, 1)[:, :num_columns].contiguous().numpy()
         return columns
 
@@ -381,11 +381,15 @@ class Tables:
         columns: NDArray[np.float32] = self.relation_table[:, :num_columns].contiguous().numpy()
         return columns
 
-    def _block(self, name: str, width: int) -> Tensor:
-        if name not in self._blocks:
-            self._blocks[name] = torch.empty(self.layout.num_entities, width)
-            load(self.checkpoint, {"entities": {name: self._blocks[name]}}, collective=False)
-        return self._blocks[name]
+    def _block(self, block: Block) -> Tensor:
+        if block.name not in self._blocks:
+            self._blocks[block.name] = self._read(block)
+        return self._blocks[block.name]
+
+    def _read(self, block: Block) -> Tensor:
+        rows = torch.empty(self.layout.num_entities, block.width)
+        load(self.checkpoint, {"entities": {block.name: rows}}, collective=False)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -465,7 +469,8 @@ MUTABLE_KEYS = frozenset({
     "train.watch_dim", "train.validation_lag", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume",
     "evaluate.split",
     "evaluate.max_triples", "evaluate.memory_mib", "runtime.device", "runtime.threads", "runtime.memory_gib",
-    "runtime.kernels", "runtime.workers", "runtime.readers", "runtime.evaluators",
+    "runtime.kernels", "runtime.workers", "runtime.readers", "runtime.evaluators", "runtime.table_memory",
+    "runtime.cache_fraction",
     "runtime.placement", "runtime.timeout_s", "graph.memory_mib", "graph.tasks",
 })  # fmt: skip
 

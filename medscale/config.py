@@ -42,9 +42,13 @@ def key(
     above: float | None = None,
     maximum: float | None = None,
     pattern: str | None = None,
+    refused: Mapping[str, str] | None = None,
 ) -> T:
-    """Declare a key: its default (`REQUIRED` for none), its help, and the values that it takes."""
-    limits = {"minimum": minimum, "above": above, "maximum": maximum, "pattern": pattern}
+    """Declare a key: its default (`REQUIRED` for none), its help, and the values that it takes.
+
+    `refused` gives the reason for each value that one could expect and that is not among the choices.
+    """
+    limits = {"minimum": minimum, "above": above, "maximum": maximum, "pattern": pattern, "refused": refused}
     metadata = {"help": text} | {name: value for name, value in limits.items() if value is not None}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -298,6 +302,19 @@ class RuntimeSection:
         "auto",
         "several workers: whole tables on workers, balanced by width; or the rows of each table spread over all; "
         "`auto`: table_wise where every worker's tables fit in its memory",
+        refused={
+            "column_wise": "row-wise Adagrad would keep one state per row and worker, so that results and checkpoints "
+            "depended on the number of workers; cut the columns into tables of the job's own with model.block_units"
+        },
+    )
+    table_memory: Literal["device", "uvm_caching", "ssd"] = key(
+        "device",
+        "where a worker's tables lie: in the memory of its device; on `cuda` also `uvm_caching`: in the host's, with "
+        "a cache on the GPU; or `ssd`: FBGEMM's key-value tables, which `plan` counts and training refuses, since no "
+        "public build of FBGEMM has them",
+    )
+    cache_fraction: float | None = key(
+        None, "uvm_caching and ssd: share of a worker's rows that its GPU caches; default: 0.2", above=0, maximum=1
     )
     readers: int = key(
         0,
@@ -319,7 +336,9 @@ class RuntimeSection:
         "scores, losses and ranks: `auto` by fused kernels (C++ on a CPU, Triton on a GPU), which are many times "
         "faster; `torch` by plain torch, which needs no C++ compiler",
     )
-    memory_gib: float | None = key(None, "memory that each worker may count on; default: what is free", above=0)
+    memory_gib: float | None = key(
+        None, "memory that each worker may count on, on `cuda` that of its GPU; default: what is free", above=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,6 +408,14 @@ def conflicts(job: Job) -> Iterator[tuple[str, str]]:
         yield "med.sub_models_per_step", f"{per_step} is more than the {len(job.model.dims)} sub-models"
     if job.optimizer.kind == "adam" and job.runtime.device == "cpu":
         yield "optimizer.kind", "adam is fused on CUDA only; on a CPU use rowwise_adagrad or adagrad"
+    runtime = job.runtime
+    if runtime.table_memory != "device" and runtime.device == "cpu":
+        yield (
+            "runtime.table_memory",
+            f"{runtime.table_memory} spares the memory of a GPU; on a CPU tables lie in the host's memory: use device",
+        )
+    if runtime.table_memory == "device" and runtime.cache_fraction is not None:
+        yield "runtime.cache_fraction", "is for table_memory uvm_caching and ssd; with device nothing is cached"
 
 
 def _graph_conflicts(graph: GraphSection) -> Iterator[tuple[str, str]]:

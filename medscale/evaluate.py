@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.table import Table
 
 from medscale.checkpoint import Tables, newest_checkpoint, open_tables
@@ -25,17 +27,17 @@ from medscale.errors import CheckpointError, GraphError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
 from medscale.logs import console, log, progress
-from medscale.model.embedding import TableRows
 from medscale.options import job_parser, run_command
 from medscale.ranking import (
     Ranks,
     ability_retention,
-    rank_all,
+    count_halves,
     records_of,
     relation_records,
     sample_triples,
 )
 from medscale.storage import write_atomic, write_json
+from medscale.workers import Workers
 
 __all__ = ["PROTOCOL", "evaluate", "main", "print_table"]
 
@@ -74,16 +76,20 @@ def evaluate(
     return records, summary
 
 
-def _rank(job: Job, graph: Graph, tables: Tables, triples: Any, split: str) -> Ranks:
-    device = choose_device(job.runtime)
+def _rank(job: Job, graph: Graph, tables: Tables, triples: NDArray[np.int64], split: str) -> Ranks:
+    """Rank int64 [T, 3] triples, among as many parts of the entities in turn as workers held the table."""
+    device, dims, parts = choose_device(job.runtime), tables.layout.dims, job.runtime.workers
     choose_threads(job.runtime)
-    rows = tables.rows()
-    rows = TableRows([block.to(device) for block in rows.blocks], rows.num_columns)
-    with progress(f"ranking {split}", 2 * len(triples), "queries") as advance:
-        return rank_all(
-            triples, rows, tables.relation_table.to(device), tables.layout, KnownTriples.of_graph(graph, about=triples),
-            memory_mib=job.evaluate.memory_mib, kernels=job.runtime.kernels, advance=advance,
-        )  # fmt: skip
+    known, mentioned = KnownTriples.of_graph(graph, about=triples), np.unique(triples[:, [0, 2]])
+    halves_2nT = np.zeros((2, len(dims), len(triples)), dtype=np.int64)
+    with progress(f"ranking {split}", 2 * parts * len(triples), "queries") as advance:
+        for part in range(parts):
+            rows = tables.shard(Workers(part, parts).share(tables.layout.num_entities), mentioned)
+            halves_2nT += count_halves(
+                triples, rows.to(device), tables.relation_table.to(device), tables.layout, known,
+                memory_mib=job.evaluate.memory_mib, kernels=job.runtime.kernels, advance=advance,
+            )  # fmt: skip
+    return Ranks.of_halves(dims, halves_2nT)
 
 
 def _summary(

@@ -307,6 +307,7 @@ class _Reading:
 
     def _scalar(self, node: yaml.Node, hint: Any, key: Key, path: str) -> Any:
         try:
+            _refuse(node, key)
             value = _read_scalar(node, hint)
             _check_limits(value, hint, key)
         except ValueError as cause:
@@ -316,6 +317,12 @@ class _Reading:
 
     def _report_wrong(self, node: yaml.Node, problem: str, key: Key, path: str) -> None:
         self.report(node.start_mark.line + 1, path, f"{problem}; allowed: {describe(key)}")
+
+
+def _refuse(node: yaml.Node, key: Key) -> None:
+    reason = key.limits.get("refused", {}).get(node.value) if isinstance(node, yaml.ScalarNode) else None
+    if reason is not None:
+        raise ValueError(f"{node.value} is refused: {reason}")
 
 
 def _read_scalar(node: yaml.Node, hint: Any) -> Any:

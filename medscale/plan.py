@@ -1,63 +1,62 @@
 """What a job will take, before anything runs: `python -m medscale.plan JOB`.
 
-Memory is counted tensor by tensor: tables, optimizer, graph, a step's batch, ranking, and what the libraries
-themselves take. A job whose parts do not fit is refused with the number that breaks it.
+Memory (`memory`), bytes over the network (`traffic`) and, on GPUs, expected time (`pace`) are counted from the job
+and the graph's size. A job whose parts do not fit is refused with the number that breaks it, and the placement and
+the number of workers that would do are searched for by the same counts.
 """
 
 import argparse
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rich.table import Table
 
-from medscale.config import Job
-from medscale.errors import CapacityError
+from medscale import memory as memory_module
+from medscale import pace as pace_module
+from medscale import traffic as traffic_module
+from medscale.capacity import Limits, advice_on, in_gib, limits_of, on_cuda, require_memory
+from medscale.config import Job, conflicts
+from medscale.errors import CapacityError, ConfigError
 from medscale.graph.census import take_census
 from medscale.graph.reader import graph_exists, open_graph
 from medscale.graph.synthetic import RELATIONS, kind_sizes
 from medscale.jobfile import load_job
 from medscale.location import Location
 from medscale.logs import console
+from medscale.memory import MIB, GraphSize, Memory, memory_of, state_numbers, step_size
+from medscale.model.embedding import Placement
 from medscale.model.layout import Layout, layout_of
-from medscale.model.prefix import SLICE_NUMBERS
 from medscale.options import job_parser, run_command
-from medscale.sharding import placement_of
-from medscale.split import CHUNK_BYTES
+from medscale.pace import Speeds, step_seconds
+from medscale.sharding import FLOAT, placement_of
+from medscale.traffic import INT, Traffic, bytes_per_step
 
-__all__ = ["GraphSize", "Plan", "main", "memory_limit", "plan", "require_fit", "size_of"]
-
-MIB = 2**20
-FLOAT, INT = 4, 8
-
-#: resident memory of a process that has imported torch, TorchRec and FBGEMM, pyarrow and DuckDB (measured: 505-560)
-_LIBRARIES = 560 * MIB
-
-
-@dataclass(frozen=True)
-class GraphSize:
-    """What a plan needs to know of a graph."""
-
-    num_entities: int
-    num_relations: int
-    num_train: int
-    num_valid: int
-    num_test: int
-    #: where the numbers come from
-    source: str
+__all__ = [
+    "GraphSize",
+    "Plan",
+    "formulas",
+    "main",
+    "plan",
+    "require_fit",
+    "size_of",
+]
 
 
 @dataclass(frozen=True)
 class Plan:
     """A job's predicted needs; bytes unless named otherwise."""
 
-    #: resident memory by what takes it; of several workers, the one that holds most
-    memory: Mapping[str, int]
+    #: what a worker holds; of several workers, the one that holds most
+    memory: Memory
     #: several workers: how tables lie on them
     placement: str
+    #: what the worker that sends most sends in a step
+    traffic: Traffic
+    #: on GPUs: expected seconds of a step by what takes them
+    step_seconds: Mapping[str, float]
     #: disk by what is written, checkpoints counted while one is being written
     disk: Mapping[str, int]
     #: parameters of each tier
@@ -68,40 +67,23 @@ class Plan:
     steps_are_exact: bool
 
 
-def plan(job: Job, size: GraphSize) -> Plan:
+def plan(job: Job, size: GraphSize, speeds: Speeds | None = None) -> Plan:
     """Predict what a job on a graph of this size will take."""
-    layout = layout_of(job.model, size.num_entities, size.num_relations)
-    tables = sum(block.width for block in layout.blocks) * layout.num_entities * FLOAT
-    relations = layout.num_relation_rows * layout.num_relation_columns * FLOAT
-    states = {
-        "rowwise_adagrad": len(layout.blocks) * layout.num_entities * FLOAT,
-        "adagrad": tables,
-        "adam": 2 * tables,
-    }
-    dense_state = relations * (2 if job.optimizer.kind == "adam" else 1)
-    checkpoint = tables + relations + states[job.optimizer.kind] + dense_state
+    layout, workers = layout_of(job.model, size.num_entities, size.num_relations), job.runtime.workers
+    placement, step = placement_of(layout, job.runtime), step_size(job, layout)
+    columns = sum(block.width for block in layout.blocks)
+    relations = layout.num_relation_rows * layout.num_relation_columns * (3 if job.optimizer.kind == "adam" else 2)
+    row = columns + state_numbers(job, columns, len(layout.blocks))
     steps, exact = _steps_per_epoch(job, size)
     names = 40 * size.num_entities
-    placement, part = _placement(job, layout)
-    memory = {
-        "libraries": _LIBRARIES,
-        "entity tables": int(part * tables),
-        "relations": relations,
-        "optimizer state": int(part * states[job.optimizer.kind]) + dense_state,
-        "graph": _graph_bytes(job, size),
-        "batch": _batch_bytes(job, layout),
-        "ranking": _ranking_bytes(job, size, layout),
-        # a portion of rows, as read, as Parquet and as safetensors; the C library keeps what training has freed
-        "exporting": min(3 * CHUNK_BYTES, tables),
-    }
-    if job.runtime.workers > 1 and job.train.validate_every and size.num_valid:
-        memory["tables gathered to validate"] = tables
     return Plan(
-        memory=memory,
-        placement=placement,
+        memory=memory_of(job, size, layout, placement, on_cuda=on_cuda(job)),
+        placement=_placement_in_words(layout, placement, workers),
+        traffic=max(bytes_per_step(layout, placement, [step.rows] * workers), key=lambda traffic: traffic.total),
+        step_seconds=step_seconds(layout, placement, workers, step, speeds or Speeds()) if on_cuda(job) else {},
         disk={
             "graph": 3 * INT * (size.num_train + size.num_valid + size.num_test) + names,
-            "checkpoints": (job.checkpoint.keep + 2) * checkpoint,
+            "checkpoints": (job.checkpoint.keep + 2) * FLOAT * (row * layout.num_entities + relations),
             "export": sum(2 * FLOAT * layout.num_parameters(dim) + 2 * names for dim in job.model.tiers.values()),
         },
         parameters={tier: layout.num_parameters(dim) for tier, dim in job.model.tiers.items()},
@@ -111,18 +93,15 @@ def plan(job: Job, size: GraphSize) -> Plan:
     )
 
 
-def _placement(job: Job, layout: Layout) -> tuple[str, float]:
-    """Return (how tables lie on the workers, the largest share of their numbers that one worker holds)."""
-    workers, ranks = job.runtime.workers, placement_of(layout, job.runtime)
-    if None in ranks.values():
-        return f"row_wise: each of {len(ranks)} tables is spread by rows over {workers} workers", 1 / workers
-    widths = Counter({ranks[block.name]: 0 for block in layout.blocks})
-    for block in layout.blocks:
-        widths[ranks[block.name]] += block.width
-    share = max(widths.values()) / sum(widths.values())
-    idle = workers - len(widths)
-    words = f"table_wise: {len(ranks)} tables on {len(widths)} of {workers} workers"
-    return words + (f"; model.block_units would cut some for the other {idle}" if idle else ""), share
+def _placement_in_words(layout: Layout, placement: Placement, workers: int) -> str:
+    ranks = placement.ranks
+    where = "" if placement.memory == "device" else f"; in {placement.memory}, {placement.cache_fraction:.0%} cached"
+    if placement.is_row_wise:
+        return f"row_wise: each of {len(ranks)} tables is spread by rows over {workers} workers{where}"
+    holders = set(ranks.values())
+    words = f"table_wise: {len(ranks)} tables on {len(holders)} of {workers} workers{where}"
+    idle = workers - len(holders)
+    return words + (f"; model.block_units would cut some for the other {idle}" if idle else "")
 
 
 def _steps_per_epoch(job: Job, size: GraphSize) -> tuple[int, bool]:
@@ -132,103 +111,23 @@ def _steps_per_epoch(job: Job, size: GraphSize) -> tuple[int, bool]:
     return -(-2 * size.num_train // job.train.batch_size), False
 
 
-def _graph_bytes(job: Job, size: GraphSize) -> int:
-    """Triples, the filter index of both sides, and the softmax's queries with the arrays that sort them."""
-    triples = 3 * INT * size.num_train
-    filter_index = 2 * 3 * INT * (size.num_train + size.num_valid + size.num_test)
-    queries = 2 * 9 * INT * size.num_train if job.loss.kind == "softmax" else 0
-    return triples + filter_index + queries
-
-
-def _batch_bytes(job: Job, layout: Layout) -> int:
-    """The largest tensors of a step, forward and backward.
-
-    Binary losses hold the looked-up rows with their gradients, and every positive's query; the kernels hold a few
-    tiles beside them, plain torch the candidates of every chunk and the scores of all sub-models about six times
-    over. Softmax holds [queries, candidates] per sub-model: once in the kernels, in plain torch several times.
-    """
-    train, negatives = job.train, job.negatives
-    # a worker's share of the positives or queries
-    batch_size = -(-train.batch_size // job.runtime.workers)
-    columns, fused = layout.num_columns, job.runtime.kernels == "auto"
-    if job.loss.kind == "bce":
-        size = 1 if negatives.kind == "per_positive" else negatives.chunk_size
-        number = negatives.chunk_size if negatives.kind == "in_batch" else negatives.number
-        pairs = batch_size * number
-        candidates = pairs // size
-        rows = min(layout.num_entities, 2 * batch_size + candidates)
-        gathered = 8 * batch_size + (0 if fused else 2 * candidates)
-        if fused:
-            return FLOAT * ((3 * rows + gathered) * columns + 4 * len(layout.dims) * batch_size)
-        return FLOAT * ((3 * rows + gathered) * columns + 6 * len(layout.dims) * pairs + 8 * SLICE_NUMBERS)
-    own = 3 * train.batch_size
-    candidates = layout.num_entities if negatives.kind == "all" else min(layout.num_entities, own + negatives.number)
-    scored = min(len(layout.dims), job.med.sub_models_per_step or len(layout.dims))
-    per_score = 5 if job.med.mutual != "off" or layout.scorer.is_distance else 3
-    if fused and not layout.scorer.is_distance:
-        per_score = 1
-    return FLOAT * (per_score * scored * batch_size * candidates + 6 * candidates * columns)
-
-
-def _ranking_bytes(job: Job, size: GraphSize, layout: Layout) -> int:
-    """The ranks, and within the job's bound scores, or in the kernels the entities as tiles."""
-    num_ranked = max(size.num_test, size.num_valid)
-    working = 2 * job.evaluate.memory_mib * MIB
-    if job.runtime.kernels == "auto":
-        working = min(job.evaluate.memory_mib * MIB, 3 * FLOAT * layout.num_entities * layout.num_columns)
-    return working + 4 * INT * num_ranked * len(job.model.dims)
-
-
-def require_fit(job: Job, predicted: Plan, runs_directory: Path) -> None:
-    """Refuse a job that this machine cannot hold.
+def require_fit(job: Job, predicted: Plan, runs_directory: Path, limits: Limits | None = None) -> None:
+    """Refuse a job that its workers, or this machine's disk, cannot hold.
 
     Raises:
         CapacityError: names what is needed, what there is, and the largest part of it.
 
     """
-    limit = memory_limit(job)
-    needed = sum(predicted.memory.values())
-    if needed > limit:
-        largest = max(predicted.memory, key=lambda part: predicted.memory[part])
-        raise CapacityError(
-            f"job {job.name} needs {_gib(needed)} GiB of memory{_each(job)} and may count on {_gib(limit)} GiB; the "
-            f"largest part is the {largest} with {_gib(predicted.memory[largest])} GiB. "
-            f"{_ADVICE.get(largest, _ADVICE['entity tables'])}"
-        )
+    require_memory(job, predicted.memory, limits or limits_of(job))
     free = shutil.disk_usage(_existing(runs_directory)).free
     written = sum(predicted.disk.values())
     if written > free:
         largest = max(predicted.disk, key=lambda part: predicted.disk[part])
         raise CapacityError(
-            f"job {job.name} writes {_gib(written)} GiB, but {_existing(runs_directory)} has {_gib(free)} GiB free; "
-            f"the largest part is {largest} with {_gib(predicted.disk[largest])} GiB. Free some, use --runs-dir,"
+            f"job {job.name} writes {in_gib(written)} GiB, but {_existing(runs_directory)} has {in_gib(free)} free; "
+            f"the largest part is {largest} with {in_gib(predicted.disk[largest])} GiB. Free some, use --runs-dir,"
             " or lower checkpoint.keep"
         )
-
-
-def _each(job: Job) -> str:
-    return f" on each of {job.runtime.workers} workers" if job.runtime.workers > 1 else ""
-
-
-_ADVICE = {
-    "tables gathered to validate": "Set train.validate_every: 0, or more memory (runtime.memory_gib)",
-    "batch": "Lower train.batch_size or negatives.number",
-    "graph": "This graph needs a larger machine",
-    "ranking": "Lower evaluate.memory_mib",
-    "optimizer state": "Use optimizer.kind rowwise_adagrad, or smaller model.dims",
-    "entity tables": "Use smaller model.dims, more workers, or more memory (runtime.memory_gib)",
-}
-
-
-def memory_limit(job: Job) -> int:
-    """Return the bytes that a worker may count on: the job's word, or its part of what is free here, within limits."""
-    if job.runtime.memory_gib is not None:
-        return int(job.runtime.memory_gib * 2**30)
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return (min(free, int(text)) if text.isdigit() else free) // job.runtime.workers
 
 
 def size_of(job: Job, graphs_directory: Location, data_root: Path) -> GraphSize:
@@ -261,33 +160,103 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     parser = job_parser(
         "plan",
-        "Predict memory, parameters per tier, steps and files of a job before anything runs; refuse what cannot fit.",
+        "Predict memory, bytes over the network, parameters per tier, steps and files of a job before anything runs; "
+        "refuse what cannot fit, and say what would.",
     )
     size = parser.add_argument_group("graph size, to plan for a graph that does not exist yet (all three)")
     for name in ("entities", "relations", "triples"):
         size.add_argument(f"--num-{name}", type=int, metavar="N")
+    machines = parser.add_argument_group("machines, instead of the job's")
+    machines.add_argument("--workers", type=int, metavar="K")
+    machines.add_argument("--device", choices=("cpu", "cuda"))
+    machines.add_argument("--memory-gib", type=float, metavar="M", help="of each worker, on cuda of its GPU")
+    machines.add_argument("--host-memory-gib", type=float, metavar="M", help="on cuda: of each worker's host")
+    machines.add_argument("--batch-size", type=int, metavar="N")
+    assumed = parser.add_argument_group("speeds of each worker's machine, on cuda; data sheets, not measured")
+    for field in fields(Speeds):
+        option = f"--{field.name.replace('_', '-')}"
+        assumed.add_argument(option, type=float, default=field.default, metavar="X", help=f"default: {field.default:g}")
+    parser.add_argument("--formulas", action="store_true", help="print by which formulas all this is counted, and end")
     arguments = parser.parse_args(argv)
     given = (arguments.num_entities, arguments.num_relations, arguments.num_triples)
     if any(number is not None and number < 1 for number in given) or 0 < given.count(None) < 3:
         parser.error("--num-entities, --num-relations and --num-triples go together, each at least 1")
+    positive = ("workers", "memory_gib", "host_memory_gib", "batch_size", *(f.name for f in fields(Speeds)))
+    for name in positive:
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
     return run_command(lambda: _main(arguments))
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    job = load_job(arguments.job)
+    if arguments.formulas:
+        print("\n".join(formulas()))
+        return 0
+    job = _with_machines(load_job(arguments.job), arguments)
     given = (arguments.num_entities, arguments.num_relations, arguments.num_triples)
     if None not in given:
         size = GraphSize(*given, 0, 0, "given on the command line")
     else:
         size = size_of(job, arguments.graphs_dir, arguments.data_dir)
-    predicted = plan(job, size)
-    _print(job, size, predicted, arguments.runs_dir)
-    require_fit(job, predicted, arguments.runs_dir)
-    print(f"{job.name} fits.")
+    speeds = Speeds(**{field.name: getattr(arguments, field.name) for field in fields(Speeds)})
+    predicted, limits = plan(job, size, speeds), limits_of(job)
+    if on_cuda(job) and arguments.host_memory_gib is not None:
+        limits = replace(limits, host=int(arguments.host_memory_gib * 2**30))
+    _print(job, size, predicted, arguments.runs_dir, limits)
+    if predicted.step_seconds:
+        _print_pace(predicted, speeds)
+    advice = advice_on(job, size, limits)
+    try:
+        require_memory(job, predicted.memory, limits)
+    except CapacityError as error:
+        raise CapacityError(f"{error}. What would fit: {advice}" if advice else str(error)) from None
+    # What is planned for machines elsewhere is not measured against this one's disk.
+    if arguments.workers is None and arguments.device is None:
+        require_fit(job, predicted, arguments.runs_dir, limits)
+    if on_cuda(job) and limits.device is None:
+        print(f"{job.name} fits if its GPUs do; there is none here to ask: --memory-gib says how much memory each has.")
+    else:
+        print(f"{job.name} fits{f': {advice}' if advice else ''}.")
     return 0
 
 
-def _print(job: Job, size: GraphSize, predicted: Plan, runs_directory: Path) -> None:
+def formulas() -> Iterator[str]:
+    """Yield the lines of the formulas by which plans are counted."""
+    for module in (memory_module, traffic_module, pace_module):
+        assert module.__doc__ is not None
+        yield from module.__doc__.strip().splitlines()
+        yield ""
+
+
+def _with_machines(job: Job, arguments: argparse.Namespace) -> Job:
+    """Return the job on the machines of the command line.
+
+    Raises:
+        ConfigError: they do not go with the job's other keys.
+
+    """
+    asked = {name: getattr(arguments, name) for name in ("workers", "device", "memory_gib")}
+    runtime = replace(job.runtime, **{name: value for name, value in asked.items() if value is not None})
+    train = replace(job.train, batch_size=arguments.batch_size or job.train.batch_size)
+    job = replace(job, runtime=runtime, train=train)
+    if problems := [f"{arguments.job}: {key}: {problem}" for key, problem in conflicts(job)]:
+        raise ConfigError(problems)
+    return job
+
+
+def _print_pace(predicted: Plan, speeds: Speeds) -> None:
+    assumed = ", ".join(f"{field.name} {getattr(speeds, field.name):g}" for field in fields(speeds))
+    table = Table(title="expected time, not measured", caption=f"assumed: {assumed}")
+    table.add_column("what")
+    table.add_column("ms per step", justify="right")
+    total = sum(predicted.step_seconds.values())
+    for part, seconds in [*predicted.step_seconds.items(), ("together", total)]:
+        table.add_row(part, f"{seconds * 1e3:,.3f}")
+    table.add_row("an epoch", f"{total * predicted.steps_per_epoch / 3600:,.2f} h")
+    console().print(table)
+
+
+def _print(job: Job, size: GraphSize, predicted: Plan, runs_directory: Path, limits: Limits) -> None:
     out = console()
     out.print(
         f"graph {job.graph_name}: {size.num_entities:,} entities, {size.num_relations:,} relations, "
@@ -298,13 +267,18 @@ def _print(job: Job, size: GraphSize, predicted: Plan, runs_directory: Path) -> 
     out.print(f"{about}{predicted.steps_per_epoch:,} steps per epoch, {total}")
     if job.runtime.workers > 1:
         out.print(predicted.placement)
-    title = "memory" if job.runtime.workers == 1 else f"memory of each of {job.runtime.workers} workers, at most"
-    memory = Table(title=title, caption=f"of {_gib(memory_limit(job))} GiB that the job may count on")
-    memory.add_column("what")
-    memory.add_column("MiB", justify="right")
-    for part, number in [*predicted.memory.items(), ("together", sum(predicted.memory.values()))]:
-        memory.add_row(part, f"{number / MIB:,.1f}")
-    out.print(memory)
+    each = "" if job.runtime.workers == 1 else f" of each of {job.runtime.workers} workers, at most"
+    if predicted.memory.device:
+        out.print(_memory_table(f"GPU memory{each}", predicted.memory.device, limits.device))
+    out.print(_memory_table(f"memory{each}", predicted.memory.host, limits.host))
+    if job.runtime.workers > 1:
+        sent = Table(title="sent over the network by the worker that sends most")
+        sent.add_column("what")
+        sent.add_column("KiB per step", justify="right")
+        for field in fields(predicted.traffic):
+            sent.add_row(field.name, f"{getattr(predicted.traffic, field.name) / 1024:,.1f}")
+        sent.add_row("together", f"{predicted.traffic.total / 1024:,.1f}")
+        out.print(sent)
     tiers = Table(title="tiers")
     for heading in ("tier", "units", "parameters", "MiB as float32"):
         tiers.add_column(heading, justify="left" if heading == "tier" else "right")
@@ -322,8 +296,16 @@ def _print(job: Job, size: GraphSize, predicted: Plan, runs_directory: Path) -> 
     out.print(files)
 
 
-def _gib(number: int) -> str:
-    return f"{number / 2**30:,.2f}"
+def _memory_table(title: str, parts: Mapping[str, int], limit: int | None) -> Table:
+    known = (
+        f"of {in_gib(limit)} GiB that the job may count on" if limit is not None else "how much there is is not known"
+    )
+    table = Table(title=title, caption=known)
+    table.add_column("what")
+    table.add_column("MiB", justify="right")
+    for part, number in [*parts.items(), ("together", sum(parts.values()))]:
+        table.add_row(part, f"{number / MIB:,.1f}")
+    return table
 
 
 def _existing(path: Path) -> Path:

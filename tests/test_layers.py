@@ -18,9 +18,9 @@ LAYERS = (
     ("batches",),
     ("model",),
     ("loss", "objective"),
-    ("distributed", "sharding", "optimizer"),
+    ("distributed", "sharding", "traffic", "optimizer"),
     ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
-    ("trainer", "prepare", "evaluate", "split", "plan", "doctor", "report"),
+    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "report"),
     ("launch", "readers", "evaluators", "train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -1,18 +1,29 @@
 """What plans say of several workers: where tables lie, and what each worker needs."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from toy import toy_job
 
+from medscale.capacity import Limits, fitting, smallest_fitting
+from medscale.cli import main as medscale
 from medscale.config import Job
+from medscale.errors import CapacityError
+from medscale.jobfile import load_job
 from medscale.model.layout import layout_of
-from medscale.plan import GraphSize, plan
+from medscale.pace import Speeds
+from medscale.plan import GraphSize, plan, require_fit
 from medscale.sharding import placement_of
 
 GIB = 2**30
 BILLION = GraphSize(10**9, 100, 10**7, 0, 0, "given")
+ROOT = Path(__file__).resolve().parents[1]
+SKG = ROOT / "k8s" / "overlays" / "gpu-nodes" / "job.yaml"
+HUGE = ["--device", "cuda", "--num-entities", "1000000000", "--num-relations", "100", "--num-triples", "10000000000"]
 
 
 def job_for(workers: int, memory_gib: float, **model: Any) -> Job:
@@ -34,7 +45,7 @@ def test_placement_and_tables_of_each_worker(
 ) -> None:
     predicted = plan(job_for(workers, memory_gib, block_units=block_units), BILLION)
     assert predicted.placement.startswith(placement)
-    held = predicted.memory["entity tables"] / 10**9
+    held = predicted.memory.host["entity tables"] / 10**9
     if block_units is None or placement == "row_wise":
         assert held == pytest.approx(tables_gib, rel=0.02)
     else:
@@ -44,7 +55,7 @@ def test_placement_and_tables_of_each_worker(
 def test_tables_are_balanced_and_every_block_has_a_place() -> None:
     job = job_for(8, 10_000, block_units=16)
     layout = layout_of(job.model, 1000, 10)
-    placement = placement_of(layout, job.runtime)
+    placement = placement_of(layout, job.runtime).ranks
     widths = [sum(b.width for b in layout.blocks if placement[b.name] == rank) for rank in range(8)]
     assert placement.keys() == {block.name for block in layout.blocks}
     assert max(widths) - min(widths) <= max(block.width for block in layout.blocks)
@@ -54,3 +65,93 @@ def test_tables_are_balanced_and_every_block_has_a_place() -> None:
 
 def test_more_workers_than_blocks_is_said() -> None:
     assert "block_units" in plan(job_for(4, 10_000), BILLION).placement
+
+
+def skg(workers: int, memory_gib: float, **runtime: Any) -> Job:
+    """The job of the paper's size on GPUs: 500 columns in 32 tables of 12 to 16."""
+    job = load_job(SKG)
+    keys = {"workers": workers, "device": "cuda", "memory_gib": memory_gib, **runtime}
+    return dataclasses.replace(job, runtime=dataclasses.replace(job.runtime, **keys))
+
+
+def test_memory_of_a_gpu_and_its_host_counted_by_hand() -> None:
+    """32 workers hold a table each, the widest of 16 columns; a block leaves the GPU whole to be saved."""
+    memory = plan(skg(32, 80), BILLION).memory
+    assert memory.device["entity tables"] == 4 * 10**9 * 16
+    assert memory.device["optimizer state"] == 4 * 10**9
+    assert memory.device["relations"] == 3 * 4 * 100 * 500
+    rows = 2 * 256 + 256 // 32 * 64
+    assert memory.device["rows sent and received"] == 2 * 4 * 32 * rows * 16
+    assert memory.host["a block to be saved"] == 4 * 10**9 * 16
+    assert memory.host["graph"] == 104 * 2**20, "partitions; without validation no filter is built"
+    by_rows = plan(skg(32, 80, placement="row_wise"), BILLION).memory
+    assert by_rows.device["entity tables"] == 4 * 10**9 * 500 // 32
+    assert by_rows.device["optimizer state"] == 4 * 10**9
+    assert by_rows.device["rows sent and received"] == 2 * 4 * 32 * rows * 500
+
+
+def test_tables_in_the_hosts_memory_leave_a_cache_on_the_gpu() -> None:
+    memory = plan(skg(32, 80, table_memory="uvm_caching", cache_fraction=0.25), BILLION).memory
+    assert "entity tables" not in memory.device
+    assert memory.host["entity tables"] == 4 * 10**9 * 16
+    assert memory.host["optimizer state"] == 4 * 10**9
+    assert memory.device["cached rows"] == 10**9 // 4 * (4 * 16 + 16) + 4 * 10**9
+    on_disk = plan(skg(32, 80, table_memory="ssd"), BILLION).memory
+    assert "entity tables" not in {**on_disk.host, **on_disk.device}
+    assert on_disk.device["optimizer state"] == 4 * 10**9
+
+
+def test_the_fewest_workers_and_the_placement_they_need() -> None:
+    """A GPU's part of 4 x 532 bytes x 10^9, spread by rows, and 2.2 GiB beside it: 26 hold it, 25 do not."""
+    job, limits = skg(16, 80), Limits(None, 80 * GIB)
+    in_host = fitting(job, BILLION, limits)
+    assert in_host is not None
+    assert (in_host.job.runtime.placement, in_host.job.runtime.table_memory) == ("table_wise", "uvm_caching")
+    fewest = smallest_fitting(job, BILLION, limits, ["device"])
+    assert fewest is not None
+    assert (fewest.job.runtime.workers, fewest.job.runtime.placement) == (26, "row_wise")
+    beside = sum(fewest.memory.device.values()) - 4 * 532 * -(-(10**9) // 26)
+    assert 4 * 532 * 10**9 / 26 + beside <= 80 * GIB < 4 * 532 * 10**9 / 25 + beside
+    little = fitting(skg(25, 80), BILLION, Limits(16 * GIB, 80 * GIB))
+    assert little is not None
+    assert str(little).endswith("which training refuses"), "too little memory on the host leaves the disk"
+    with pytest.raises(CapacityError, match=r"on each of 16 workers .* 80.00 GiB; the largest part is the entity"):
+        require_fit(job, plan(job, BILLION), Path(), limits)
+
+
+@pytest.mark.parametrize("workers", [8, 26, 31, 32, 40])
+def test_what_is_planned_is_what_training_places(workers: int) -> None:
+    job = skg(workers, 80)
+    layout = layout_of(job.model, BILLION.num_entities, BILLION.num_relations)
+    placement = placement_of(layout, job.runtime)
+    assert plan(job, BILLION).placement.startswith("row_wise" if placement.is_row_wise else "table_wise")
+    assert placement.is_row_wise == (workers < 32)
+
+
+def test_expected_time_is_bytes_over_stated_speeds() -> None:
+    slow, fast = Speeds(network_gb_s=1, reached=1), Speeds(network_gb_s=100, reached=1)
+    job = skg(32, 80)
+    sent = plan(job, BILLION).traffic.total
+    assert plan(job, BILLION, slow).step_seconds["network"] == pytest.approx(sent / 1e9)
+    assert plan(job, BILLION, fast).step_seconds["network"] == pytest.approx(sent / 1e11)
+    assert plan(job_for(32, 80), BILLION).step_seconds == {}, "on a CPU nothing is expected"
+
+
+def test_the_command_says_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert medscale(["plan", str(SKG), "--workers", "16", "--memory-gib", "80", *HUGE]) == 7
+    shown = capsys.readouterr()
+    assert "row_wise: each of 32 tables" in shown.out
+    assert "What would fit: 16 workers, runtime.placement table_wise, table_memory uvm_caching" in shown.err
+    assert "with tables on the GPUs: 26 workers, runtime.placement row_wise, table_memory device" in shown.err
+    assert medscale(["plan", str(SKG), "--workers", "32", "--memory-gib", "80", *HUGE]) == 0
+    shown = capsys.readouterr()
+    assert "skg fits: 32 workers, runtime.placement table_wise, table_memory device" in shown.out
+    assert "network_gb_s 50" in " ".join(shown.out.split())
+    assert medscale(["plan", str(SKG), "--formulas"]) == 0
+    assert "reduce-scatter of W partial sums" in capsys.readouterr().out
+
+
+def test_the_paper_plan_is_what_the_plan_counts() -> None:
+    command = [sys.executable, "tools/plan_table.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -6,14 +6,19 @@ backward pass (FBGEMM). World size 1 runs through DistributedModelParallel like 
 workers, or their rows are spread. TorchRec could also spread a block's columns: then row-wise Adagrad's state would be
 one per row and worker, so results and checkpoints would depend on the number of workers; blocks are cut by the job
 instead.
+
+On CUDA a worker's part may lie in the host's memory, with a cache on the GPU (FBGEMM's UVM caching; never run on a
+GPU so far). FBGEMM's key-value tables on SSD are refused: its public builds lack them, and where they are, a table
+is seen through a tensor that cannot be written (`PartiallyMaterializedTensor.copy_` does nothing), so neither the
+job's seed nor a checkpoint could fill it.
 """
 
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,10 +26,11 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.comm_ops import set_gradient_division
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
-from torchrec.distributed.types import BoundsCheckMode, ShardingPlan
+from torchrec.distributed.types import BoundsCheckMode, CacheParams, EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from medscale.errors import UnsupportedError
@@ -32,10 +38,17 @@ from medscale.model.layout import Block, Layout
 from medscale.seed import generator
 from medscale.workers import ALONE, Workers
 
-__all__ = ["EntityTable", "LookedUpRows", "Placement", "TableRows", "initial_relations"]
+__all__ = [
+    "EntityTable",
+    "LookedUpRows",
+    "Placement",
+    "TableMemory",
+    "TableRows",
+    "initial_relations",
+    "sharding_plan",
+]
 
-#: by block: the worker that holds it, or None: its rows are spread over all
-Placement = dict[str, int | None]
+TableMemory = Literal["device", "uvm_caching", "ssd"]
 
 # TorchRec's sharded modules ask torch.fx whether they are being traced, which warns at every first look-up.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -45,6 +58,29 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", c
 _FEATURE = "entity"
 #: rows drawn at once while a table is initialised; part of what a seed means
 _INIT_ROWS = 65_536
+#: what TorchRec calls the places of a table
+_KERNELS: Mapping[TableMemory, str] = {
+    "device": EmbeddingComputeKernel.FUSED.value,
+    "uvm_caching": EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
+    "ssd": EmbeddingComputeKernel.KEY_VALUE.value,
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the entity table lies."""
+
+    #: by block: the worker that holds it whole, or None: its rows are spread over all
+    ranks: Mapping[str, int | None]
+    #: where a worker keeps its part
+    memory: TableMemory = "device"
+    #: share of a worker's rows that its GPU caches, unless they lie there anyway
+    cache_fraction: float = 0.2
+
+    @property
+    def is_row_wise(self) -> bool:
+        """Whether rows are spread over all workers."""
+        return None in self.ranks.values()
 
 
 class EntityTable(nn.Module):
@@ -65,35 +101,17 @@ class EntityTable(nn.Module):
             raise UnsupportedError(
                 "FBGEMM_TBE_BOUNDS_CHECK_MODE is set and would let ids out of range read row 0; unset it"
             )
+        placement = placement or Placement(dict.fromkeys((block.name for block in layout.blocks), 0))
+        _require_memory(placement.memory, device)
         self.layout, self.workers = layout, workers
         # Each worker's loss is its share of the job's, so gradients add up; TorchRec would take their mean.
         set_gradient_division(False)
-        collection = EmbeddingBagCollection(
-            tables=[
-                EmbeddingBagConfig(
-                    name=block.name,
-                    embedding_dim=block.width,
-                    num_embeddings=layout.num_entities,
-                    feature_names=[_FEATURE],
-                )
-                for block in layout.blocks
-            ],
-            device=torch.device("meta"),
-        )
+        collection = _collection(layout)
         apply_optimizer_in_backward(optimizer, collection.parameters(), optimizer_arguments)
-        sharder = EmbeddingBagCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
-        ranks = placement or dict.fromkeys((block.name for block in layout.blocks), 0)
+        sharder = _sharder()
         # Rows spread over workers come back by calls that want as many from each.
-        self.equal_batches = workers.size > 1 and None in ranks.values()
-        # A plan without compute_kernel="fused" falls to a kernel that never updates.
-        shardings = {
-            name: row_wise(compute_kernel="fused") if rank is None else table_wise(rank, compute_kernel="fused")
-            for name, rank in ranks.items()
-        }
-        local_size = workers.size if device.type == "cpu" else min(workers.size, torch.cuda.device_count())
-        plan = construct_module_sharding_plan(
-            collection, shardings, sharder, local_size=local_size, world_size=workers.size, device_type=device.type
-        )
+        self.equal_batches = workers.size > 1 and placement.is_row_wise
+        plan = sharding_plan(collection, placement, device_type=device.type, num_workers=workers.size)
         self.sharded = DistributedModelParallel(
             collection,
             device=device,
@@ -171,6 +189,70 @@ class EntityTable(nn.Module):
         here = {block.name for block, _, _ in self._local_weights()}
         missing = here - {key.split(".")[0] for key in self.optimizer_state()}
         assert not missing, f"blocks {sorted(missing)} have no fused optimizer state and would never be updated"
+
+
+def sharding_plan(
+    collection: EmbeddingBagCollection, placement: Placement, *, device_type: str, num_workers: int
+) -> EmbeddingModuleShardingPlan:
+    """Return TorchRec's plan of a placement: for each block its workers, its kernel, and the GPU's cache."""
+    # A plan without a kernel falls to one that never updates.
+    kernel = _KERNELS[placement.memory]
+    shardings = {
+        name: row_wise(compute_kernel=kernel) if rank is None else table_wise(rank, compute_kernel=kernel)
+        for name, rank in placement.ranks.items()
+    }
+    local_size = num_workers if device_type == "cpu" else max(1, min(num_workers, torch.cuda.device_count()))
+    plan = construct_module_sharding_plan(
+        collection, shardings, _sharder(), local_size=local_size, world_size=num_workers, device_type=device_type
+    )
+    for name, parameter in plan.items():
+        assert parameter.compute_kernel == kernel, f"block {name} would be trained by {parameter.compute_kernel}"
+        if placement.memory != "device":
+            parameter.cache_params = CacheParams(load_factor=placement.cache_fraction)
+    return plan
+
+
+def _collection(layout: Layout) -> EmbeddingBagCollection:
+    tables = [
+        EmbeddingBagConfig(
+            name=block.name, embedding_dim=block.width, num_embeddings=layout.num_entities, feature_names=[_FEATURE]
+        )
+        for block in layout.blocks
+    ]
+    return EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+
+
+def _sharder() -> EmbeddingBagCollectionSharder:
+    return EmbeddingBagCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+
+
+def _require_memory(memory: TableMemory, device: torch.device) -> None:
+    """Refuse a place of the tables that this device or this build of FBGEMM does not offer.
+
+    Raises:
+        UnsupportedError: names what is missing.
+
+    """
+    if memory == "device":
+        return
+    if device.type != "cuda":
+        raise UnsupportedError(
+            f"runtime.table_memory {memory} spares the memory of a GPU, and this job runs on the CPU; use device"
+        )
+    if memory == "ssd":
+        missing = (
+            "FBGEMM's key-value tables cannot be written, so that no checkpoint could be loaded into them"
+            if _has_key_value_tables()
+            else "this build of FBGEMM lacks its key-value tables (EmbeddingRocksDBWrapper), as all public ones do"
+        )
+        raise UnsupportedError(f"runtime.table_memory ssd: {missing}; use uvm_caching, or more workers")
+
+
+def _has_key_value_tables() -> bool:
+    try:
+        return torch.classes.fbgemm.EmbeddingRocksDBWrapper is not None
+    except RuntimeError:  # how torch says that nobody registered the class
+        return False
 
 
 @dataclass(frozen=True)
