@@ -147,7 +147,8 @@ def section() -> str:
         "",
         f"**Preparing** (`prepare_scale`): {large['triples']:,} generated triples of {large['entities']:,} entities "
         f"with string names, {large['threads']} cores, `graph.memory_mib: {large['memory_mib']}`; seconds of the whole "
-        "command, and the most memory that all processes held together, Ray's own included.",
+        "command, and the most memory that all processes held together, Ray's own included. The machine did other work "
+        "at the same time.",
         "",
         *table("tasks | where | seconds | triples/s | MiB", preparing()),
     ])  # fmt: skip
