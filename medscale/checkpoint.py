@@ -471,7 +471,7 @@ MUTABLE_KEYS = frozenset({
     "evaluate.max_triples", "evaluate.memory_mib", "runtime.device", "runtime.threads", "runtime.memory_gib",
     "runtime.kernels", "runtime.workers", "runtime.readers", "runtime.evaluators", "runtime.table_memory",
     "runtime.cache_fraction",
-    "runtime.placement", "runtime.timeout_s", "graph.memory_mib",
+    "runtime.placement", "runtime.timeout_s", "graph.memory_mib", "graph.tasks",
 })  # fmt: skip
 
 

@@ -100,7 +100,15 @@ class GraphSection:
         "Results are then not comparable with those of the field, and say so",
     )
     synthetic: SyntheticSection | None = key(None, "generate the graph instead of reading files")
-    memory_mib: int = key(2048, "memory that preparing may use before it spills to disk", minimum=128)
+    memory_mib: int = key(
+        2048, "memory that preparing may take, all tasks together, beside the libraries' own", minimum=128
+    )
+    tasks: int = key(
+        1,
+        "tasks that prepare the graph together, which changes no byte of it; more than one are run by Ray, each on a "
+        "core of a node that sees the raw files and the directory of graphs",
+        minimum=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

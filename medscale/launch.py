@@ -20,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from medscale import errors
+from medscale.cluster import cluster
 from medscale.config import Job
 from medscale.errors import CapacityError, MedscaleError, WorkerError
 from medscale.evaluators import RayEvaluators, start_evaluators
@@ -51,7 +52,7 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
 
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line comes twice
-    with _cluster(), _asking_to_stop(run_directory / STOP) as signals:
+    with cluster(), _asking_to_stop(run_directory / STOP) as signals:
         on_gpus = _require_resources(job)
         trainer = TorchTrainer(
             _work,
@@ -120,24 +121,6 @@ def _stop_wanted(request: Path) -> Callable[[], bool]:
         return request.exists() or (preemption is not None and preemption() is not None)
 
     return wanted
-
-
-@contextlib.contextmanager
-def _cluster() -> Iterator[None]:
-    """Join the cluster that the environment names, or one that runs on this machine, or else start one here."""
-    started = not ray.is_initialized()
-    if started:
-        # What the workers import is what this process imports.
-        paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-        ray.init(
-            logging_level="warning", log_to_driver=True, configure_logging=True,
-            runtime_env={"env_vars": {"PYTHONPATH": paths}},
-        )  # fmt: skip
-    try:
-        yield
-    finally:
-        if started:
-            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """`python -m medscale.prepare JOB`: from raw files, or from a generator, to a graph directory.
 
-Preparing is done once. A graph directory that is there already is opened if it was made from what the job
-says; otherwise that is an error. Where graphs lie behind a URI, one is built on this machine, in the system's
-directory for temporary files (`TMPDIR`), and then uploaded.
+Preparing is done once, in this process or with `graph.tasks` on a Ray cluster, which changes no byte. A graph
+directory that is there already is opened if it was made from what the job says; otherwise that is an error. Where
+graphs lie behind a URI, one is built in the system's directory for temporary files (`TMPDIR`), which all nodes of a
+cluster must then see, and uploaded.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medscale.cluster import tasks_of
 from medscale.config import GraphSection, Job
 from medscale.errors import GraphError
 from medscale.graph.ingest import Progress, ingest, source_of
@@ -36,6 +38,7 @@ def prepare(job: Job, *, data_root: Path, graphs_root: Location, progress: Progr
         GraphError: raw files are missing or wrong; the directory is damaged, or made from something else; or its
             filesystem cannot be reached or written.
         CapacityError: memory or disk space ran out; nothing is left behind.
+        WorkerError: a task on the Ray cluster died each time it was run; nothing is left behind.
         RunLockedError: another process is building this graph in this directory.
 
     """
@@ -104,9 +107,12 @@ def _built(job: Job, data_root: Path, directory: Path, progress: Progress) -> Gr
             directory=directory,
             progress=progress,
         )
-    with staging_directory(directory.with_name(directory.name + ".raw")) as raw:
+    with (
+        staging_directory(directory.with_name(directory.name + ".raw")) as raw,
+        tasks_of(section.tasks, raw) as tasks,
+    ):
         with progress("generating", section.synthetic.num_triples, "triples") as advance:
-            write_raw(section.synthetic, seed, raw, advance)
+            write_raw(section.synthetic, seed, raw, advance, tasks)
         graph = ingest(
             _of_raw_files(section),
             name=job.graph_name,

@@ -115,6 +115,18 @@ def test_memory(data_dir: Path) -> None:
 
 
 @pytest.mark.slow
+def test_prepare_scale() -> None:
+    command = [sys.executable, str(BENCHES / "prepare_scale.py"), "--quick", "--json", "--threads", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-4000:]
+    records = json.loads(done.stdout)["results"]
+    assert [record["tasks"] for record in records] == [1, 2]
+    for record in records:
+        assert record["triples_per_s"] == pytest.approx(record["triples"] / record["seconds"], rel=0.05)
+        assert 100 < record["peak_mib"] <= record["peak_rss_mib"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("pykeen") is None, reason="PyKEEN is not installed: pip install pykeen")
 def test_peers(data_dir: Path) -> None:
     records = quick("peers", "--data-dir", str(data_dir))

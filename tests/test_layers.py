@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "medscale"
 #: the import table: a module may import from layers below its own, and from its own without cycles
 LAYERS = (
     ("errors", "location", "storage", "manifest", "seed", "logs"),
-    ("config", "jobfile", "options", "workers", "pulse"),
+    ("config", "jobfile", "options", "workers", "pulse", "cluster"),
     ("graph",),
     ("batches",),
     ("model",),

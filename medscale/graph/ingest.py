@@ -1,33 +1,39 @@
-"""From raw files to a graph directory, out of core.
+"""From raw files to a graph directory, out of core, by tasks that each hold a small part of it.
 
-Batches of names go from Arrow's readers into a temporary on-disk DuckDB database beside the graph, which
-numbers the names, joins them to the triples and sorts these by a seeded hash, spilling to disk above
-`graph.memory_mib`. Sorting shuffles the rows and brings duplicates together. What comes back is streamed into
-Parquet. Memory is bounded by the number of distinct names, not of triples.
+    read        some files            chunks: rows of codes, and the names that these stand for
+    sort        a chunk's names       in order, with samples
+    number      a range of names      places, and from their counts ids
+    translate   a chunk               its rows with ids, in the order of a seeded hash
+    shuffle     a range of hashes     the triples of each split, in order, without duplicates
+    write       a file of the graph
 
-The hash is taken from the MD5 of a text (seed and ids; for a split: seed and names), a value that is the same
-under every version of DuckDB and any number of threads. A directory appears whole, or not at all.
+Each stage reads what the one before left on disk beside the graph. Chunks and ranges are as large as
+`graph.memory_mib` allows, so memory is bounded whatever there is of triples and of names; and neither they nor the
+tasks (in this process, or on a Ray cluster) change a byte of the graph: ids are the order of the names, rows lie in
+the order of their hashes. A directory appears whole, or not at all.
 """
 
 import contextlib
 import dataclasses
 import errno
-import os
+import itertools
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from medscale.cluster import Tasks, tasks_of
 from medscale.config import GraphSection
 from medscale.errors import CapacityError, GraphError
-from medscale.graph.raw import layout_problems, read_rows
+from medscale.graph.chunks import KINDS, ROW_BYTES, Chunk, Kind, Reading, portions_of, read_portion
+from medscale.graph.entity_types import Matching, TypesFile, match_types, read_types
+from medscale.graph.parts import Part, parts_of, write_part, write_relations
+from medscale.graph.raw import layout_problems
 from medscale.graph.reader import Graph, open_graph
 from medscale.graph.scan import read_header
 from medscale.graph.schema import (
@@ -37,15 +43,12 @@ from medscale.graph.schema import (
     GRAPH_KIND,
     NAMES_SCHEMA,
     RELATIONS,
-    ROW_GROUP_ROWS,
     SPLITS,
-    TRIPLE_COLUMNS,
     TRIPLES_SCHEMA,
     TYPES_SCHEMA,
-    PartWriter,
     open_parquet,
-    open_writer,
 )
+from medscale.graph.shuffle import Shuffled, Translation, hash_ranges, shuffle, translate
 from medscale.graph.sources import (
     RawFile,
     RawLayout,
@@ -54,7 +57,16 @@ from medscale.graph.sources import (
     triples_layout,
     type_columns_layouts,
 )
-from medscale.graph.vocab import number_names
+from medscale.graph.vocab import (
+    NumberedRange,
+    Piece,
+    Range,
+    Sorting,
+    number_range,
+    pieces_of,
+    ranges_of,
+    sort_names,
+)
 from medscale.logs import Advance, log
 from medscale.logs import progress as show_progress
 from medscale.manifest import write_manifest
@@ -65,10 +77,12 @@ __all__ = ["Progress", "ingest", "source_of"]
 #: `logs.progress`, or a stand-in with its signature
 Progress = Callable[[str, int, str], AbstractContextManager[Advance]]
 
-_MAX_THREADS = 4
-#: rows per insertion: large ones go straight into the table's file, small ones through a log of changes first,
-#: and one transaction for everything would grow with the number of triples
-_INSERT_ROWS = 1 << 19
+#: a chunk or a range takes this share of the memory of a task, which holds several times its size while it works on it
+_SHARE = 10
+#: and no more than Arrow's strings can address with room to spare
+_MOST_BYTES = 1 << 30
+#: samples of names per range, for each chunk: how even the ranges are
+_SAMPLES = 256
 
 
 @dataclass
@@ -81,6 +95,14 @@ class _Counts:
     unseen: dict[str, int] = field(default_factory=dict)
     leaks: dict[str, int] = field(default_factory=dict)
     literals_dropped: int = 0
+
+    def add(self, split: str, found: Sequence[Shuffled]) -> None:
+        """Count what all ranges held of a split."""
+        self.triples[split] = sum(met.num_written for met in found)
+        self.duplicates[split] = sum(met.num_rows - met.num_distinct for met in found)
+        if split != "train":
+            self.unseen[split] = sum(met.num_unseen for met in found)
+            self.leaks[split] = sum(met.num_leaks for met in found)
 
 
 def ingest(
@@ -100,10 +122,13 @@ def ingest(
 
     Raises:
         GraphError: raw files are missing or wrong; names the file and line or row. Nothing is left behind.
-        CapacityError: memory (`graph.memory_mib`) or disk space ran out. Nothing is left behind.
+        CapacityError: memory or disk space ran out. Nothing is left behind.
+        WorkerError: a task on the Ray cluster died each time it was run. Nothing is left behind.
 
     """
     assert section.synthetic is None, "prepare writes the raw files of a generated graph first"
+    # As other processes, with other working directories, name them.
+    data_root, directory = data_root.absolute(), directory.absolute()
     files = find_all_files(section, data_root)
     types = files.pop("entity_types")
     layout = triples_layout(section)
@@ -114,30 +139,36 @@ def ingest(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (
         _errors_of_the_machine(section, directory.parent),
-        _database(section, directory) as database,
+        # Beside the graph, where all nodes see it, and with a name that says that it may be deleted.
+        staging_directory(directory.with_name(directory.name + ".scratch")) as scratch,
         staging_directory(directory) as draft,
+        tasks_of(section.tasks, scratch) as tasks,
     ):
+        stages = _Stages(section, seed, scratch, draft, tasks, progress)
         counts = _Counts()
-        _load(database, files, layout, section, seed, counts, progress)
-        num_entities, num_relations = _write_names(database, draft, only_seen=section.drop_unseen)
-        _write_splits(database, draft, section, seed, counts, progress)
+        chunks = stages.read(files, layout, counts)
+        names = stages.number(chunks)
+        stages.write_names(names)
+        type_counts = stages.write_types(typed, names["entities"]) if typed else None
+        stages.write_triples(chunks, names, counts)
         facts: dict[str, Any] = {
             "name": name,
-            "num_entities": num_entities,
-            "num_relations": num_relations,
+            "num_entities": names["entities"].num_names,
+            "num_relations": names["relations"].num_names,
             "num_triples": counts.triples,
             "duplicates": counts.duplicates,
             "unseen": counts.unseen,
             "unseen_policy": "dropped" if section.drop_unseen else "kept",
             "leaks": counts.leaks,
             "literals_dropped": counts.literals_dropped,
-            "entity_types": _write_types(database, draft, typed) if typed else None,
+            "entity_types": type_counts,
             "seed": seed,
             "source": dict(source or source_of(section, seed)),
             "raw_files": _listed(files, types),
         }
         write_manifest(draft, GRAPH_KIND, GRAPH_FORMAT, facts)
         commit_directory(draft, directory)
+        shutil.rmtree(scratch)
     _report(facts)
     return open_graph(directory, verify=False)
 
@@ -145,11 +176,11 @@ def ingest(
 def source_of(section: GraphSection, seed: int) -> dict[str, Any]:
     """Return as JSON values all that decides what a graph holds: the section and, where it matters, the seed.
 
-    Name and memory change nothing. The seed matters to generated graphs and splits only; elsewhere it merely
+    Name, memory and tasks change nothing. The seed matters to generated graphs and splits only; elsewhere it merely
     orders rows, and jobs that differ in the seed share the graph.
     """
     source = dataclasses.asdict(section)
-    for key in ("name", "memory_mib"):
+    for key in ("name", "memory_mib", "tasks"):
         del source[key]
     seeded = section.synthetic is not None or section.valid_fraction or section.test_fraction
     return _as_json({**source, "seed": seed if seeded else None})  # type: ignore[no-any-return]
@@ -206,36 +237,25 @@ def _check_layouts(files: list[tuple[RawFile, RawLayout]]) -> None:
         raise GraphError("; ".join(problems))
 
 
-# The database
-
-
-@contextlib.contextmanager
-def _database(section: GraphSection, directory: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    # Beside the graph, where there is room for it, and with a name that says that it may be deleted.
-    with staging_directory(directory.with_name(directory.name + ".scratch")) as scratch:
-        settings = {
-            "memory_limit": f"{section.memory_mib}MiB",
-            "temp_directory": str(scratch / "spill"),
-            "threads": min(os.cpu_count() or 1, _MAX_THREADS),
-            "preserve_insertion_order": False,
-            "autoinstall_known_extensions": False,
-        }
-        with duckdb.connect(scratch / "ingest.duckdb", config=settings) as database:
-            yield database
-        shutil.rmtree(scratch)
+# Errors
 
 
 @contextlib.contextmanager
 def _errors_of_the_machine(section: GraphSection, parent: Path) -> Iterator[None]:
     try:
         yield
-    except duckdb.OutOfMemoryException as cause:
+    except (MemoryError, duckdb.OutOfMemoryException) as cause:
         raise CapacityError(
-            f"preparing needs more than graph.memory_mib = {section.memory_mib}, or more disk to spill to "
-            f"under {parent}; raise it or make room ({_first_line(cause)})"
+            f"preparing ran out of memory ({_first_line(cause)}); it aims at graph.memory_mib = {section.memory_mib} "
+            "beside what libraries take: lower it, or make room"
         ) from cause
-    except (duckdb.IOException, duckdb.TransactionException, duckdb.FatalException) as cause:
-        raise CapacityError(f"cannot write under {parent}: {_first_line(cause)}; make room there") from cause
+    except FileNotFoundError as cause:
+        if section.tasks == 1:
+            raise
+        raise GraphError(
+            f"a task does not see a file ({cause}); all nodes of the cluster must see the raw files and {parent}, or "
+            "graph.tasks must be 1"
+        ) from cause
     except OSError as cause:
         if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -246,194 +266,142 @@ def _first_line(cause: Exception) -> str:
     return str(cause).partition("\n")[0]
 
 
-def _number(result: duckdb.DuckDBPyConnection) -> int:
-    row = result.fetchone()
-    assert row is not None
-    return int(row[0])
+# Stages
 
 
-def _hash(seed: int, purpose: str, columns: str) -> str:
-    """Return SQL for 64 bits that depend on seed, purpose and the values of columns (separated by tabs)."""
-    return f"md5_number_lower(concat_ws(chr(9), '{purpose}', {seed}, {columns}))"
+@dataclass(frozen=True)
+class _Names:
+    """The names of a kind, in order and numbered, on disk."""
+
+    ranges: list[Range]
+    numbered: list[NumberedRange]
+    #: by chunk
+    sorted: list[Path]
+    pieces: list[tuple[Piece, ...]]
+
+    @property
+    def num_names(self) -> int:
+        return sum(counts.num_names for counts in self.numbered)
+
+    @property
+    def runs(self) -> list[tuple[Path, int]]:
+        return [(one.names, counts.num_names) for one, counts in zip(self.ranges, self.numbered, strict=True)]
 
 
-# Raw rows in
+@dataclass(frozen=True)
+class _Stages:
+    """What is done, one stage after the other; each stage's tables have a directory of their own."""
 
+    section: GraphSection
+    seed: int
+    scratch: Path
+    draft: Path
+    tasks: Tasks
+    progress: Progress
 
-def _load(
-    database: duckdb.DuckDBPyConnection,
-    files: Mapping[str, list[RawFile]],
-    layout: RawLayout,
-    section: GraphSection,
-    seed: int,
-    counts: _Counts,
-    progress: Progress,
-) -> None:
-    database.execute("CREATE TABLE raw (split UTINYINT, head VARCHAR, relation VARCHAR, tail VARCHAR)")
-    total = sum(file.path.stat().st_size for found in files.values() for file in found)
-    with progress("reading", total, "bytes") as advance:
-        for split, found in files.items():
-            which = _split_choice(section, seed) if split == "train" else str(SPLITS.index(split))
-            for file in found:
-                counts.literals_dropped += _load_file(database, file, layout, section.literals, which, advance)
-    for index, split in enumerate(SPLITS):
-        counts.rows[split] = _number(database.execute("SELECT count(*) FROM raw WHERE split = ?", [index]))
-    if not counts.rows["train"]:
-        names = ", ".join(file.name for file in files["train"])
-        raise GraphError(f"no training triples in {names}: check graph.train and the fractions")
+    @property
+    def num_bytes(self) -> int:
+        """Size of a chunk or a range."""
+        return min(self.section.memory_mib * 2**20 // self.tasks.number // _SHARE, _MOST_BYTES)
 
+    def directory(self, name: str) -> Path:
+        path = self.scratch / name
+        path.mkdir(exist_ok=True)
+        return path
 
-def _split_choice(section: GraphSection, seed: int) -> str:
-    """Return SQL that tells a row's split from its names: duplicates and later additions move no triple."""
-    if not section.valid_fraction and not section.test_fraction:
-        return "0"
-    test = round(section.test_fraction * 2**64)
-    valid = test + round(section.valid_fraction * 2**64)
-    position = _hash(seed, "split", "head, relation, tail")
-    return f"CASE WHEN {position} < {test} THEN 2 WHEN {position} < {valid} THEN 1 ELSE 0 END"
-
-
-def _load_file(
-    database: duckdb.DuckDBPyConnection,
-    file: RawFile,
-    layout: RawLayout,
-    literals: str,
-    split: str,
-    advance: Advance,
-) -> int:
-    dropped = position = 0
-    what = f"raw SELECT {split}, head, relation, tail"
-    waiting: list[pa.Table] = []
-    for rows in read_rows(file, layout, literals=literals):
-        waiting.append(pa.table(rows.names))
-        if sum(map(len, waiting)) >= _INSERT_ROWS:
-            _insert(database, waiting, what)
-        dropped += rows.literals_dropped
-        advance(rows.position - position)
-        position = rows.position
-    _insert(database, waiting, what)
-    advance(file.path.stat().st_size - position)
-    return dropped
-
-
-def _insert(database: duckdb.DuckDBPyConnection, waiting: list[pa.Table], what: str) -> None:
-    """Insert all that waits, and empty the list."""
-    if waiting:
-        database.register("waiting", pa.concat_tables(waiting))
-        database.execute(f"INSERT INTO {what} FROM waiting")
-        database.unregister("waiting")
-        waiting.clear()
-
-
-# Names and triples out
-
-
-def _write_names(database: duckdb.DuckDBPyConnection, draft: Path, *, only_seen: bool) -> tuple[int, int]:
-    with PartWriter(draft / ENTITIES, NAMES_SCHEMA) as entities:
-        num_entities = number_names(
-            database, "entities", only_seen=only_seen,
-            write=lambda ids, names: entities.append({"id": ids, "name": names}),
+    def read(self, files: Mapping[str, list[RawFile]], layout: RawLayout, counts: _Counts) -> list[Chunk]:
+        section = self.section
+        reading = Reading(
+            self.directory("chunks"), layout, section.literals, self.seed, section.valid_fraction,
+            section.test_fraction, self.num_bytes,
         )  # fmt: skip
-    with open_writer(draft / RELATIONS, NAMES_SCHEMA) as relations:
-        num_relations = number_names(
-            database, "relations", only_seen=only_seen,
-            write=lambda ids, names: relations.write_table(pa.table([ids, names], schema=NAMES_SCHEMA)),
+        total = sum(file.path.stat().st_size for found in files.values() for file in found)
+        with self.progress("reading", total, "bytes") as advance:
+            results = self.tasks.run(read_portion, portions_of(reading, files, self.tasks.number), advance)
+        chunks = [chunk for found, _ in results for chunk in found]
+        counts.literals_dropped = sum(dropped for _, dropped in results)
+        for index, split in enumerate(SPLITS):
+            counts.rows[split] = sum(chunk.num_rows[index] for chunk in chunks)
+        if not counts.rows["train"]:
+            names = ", ".join(file.name for file in files["train"])
+            raise GraphError(f"no training triples in {names}: check graph.train and the fractions")
+        return chunks
+
+    def number(self, chunks: list[Chunk]) -> dict[Kind, _Names]:
+        """Return all names, sorted and numbered."""
+        total = sum(chunk.num_names[kind] for chunk in chunks for kind in KINDS)
+        with self.progress("numbering", total, "names of chunks") as advance:
+            return {kind: self._number(kind, chunks, advance) for kind in KINDS}
+
+    def _number(self, kind: Kind, chunks: list[Chunk], advance: Advance) -> _Names:
+        numerical, step = all(chunk.integers[kind] for chunk in chunks), max(self.num_bytes // _SAMPLES, 1)
+        source, target = self.directory("chunks"), self.directory("sorted")
+        paths = [target / f"{chunk.name}.{kind}" for chunk in chunks]
+        items = [Sorting(source / path.name, path, numerical, step) for path in paths]
+        samples = self.tasks.run(sort_names, items, _silent)
+        ranges = ranges_of(
+            kind, samples, _SAMPLES, paths, self.directory("places"), numerical=numerical,
+            only_seen=self.section.drop_unseen,
         )  # fmt: skip
-    return num_entities, num_relations
+        numbered = self.tasks.run(number_range, ranges, advance)
+        return _Names(ranges, numbered, paths, pieces_of(ranges, numbered))
+
+    def write_names(self, names: Mapping[Kind, _Names]) -> None:
+        self.tasks.run(write_part, parts_of(self.draft / ENTITIES, NAMES_SCHEMA, names["entities"].runs), _silent)
+        write_relations(self.draft / RELATIONS, names["relations"].runs)
+
+    def write_types(self, typed: Sequence[tuple[RawFile, RawLayout]], entities: _Names) -> dict[str, int]:
+        """Write the types of the graph's entities, ordered by entity; count the rows of entities it lacks."""
+        directory, numerical = self.directory("types"), entities.ranges[0].numerical
+        items = [
+            TypesFile(file, layout, directory, number, numerical, self.num_bytes)
+            for number, (file, layout) in enumerate(typed)
+        ]
+        found = self.tasks.run(read_types, items, _silent)
+        sources = tuple(path for paths, _ in found for path in paths)
+        firsts = itertools.accumulate((counts.num_names for counts in entities.numbered), initial=0)
+        matchings = [
+            Matching(one, first, sources, directory / f"{number:06d}")
+            for number, (one, first) in enumerate(zip(entities.ranges, firsts, strict=False))
+        ]
+        matched = self.tasks.run(match_types, matchings, _silent)
+        runs = [(one.target, rows) for one, (rows, _) in zip(matchings, matched, strict=True)]
+        self.tasks.run(write_part, parts_of(self.draft / ENTITY_TYPES, TYPES_SCHEMA, runs), _silent)
+        shutil.rmtree(directory)
+        unknown = sum(rows for _, rows in found) - sum(rows for _, rows in matched)
+        return {"rows": sum(rows for _, rows in runs), "rows_of_unknown_entities": unknown}
+
+    def write_triples(self, chunks: list[Chunk], names: Mapping[Kind, _Names], counts: _Counts) -> None:
+        total = sum(counts.rows.values())
+        translations = [
+            Translation(
+                self.directory("chunks") / f"{chunk.name}.rows",
+                {kind: (names[kind].sorted[index], names[kind].pieces[index]) for kind in KINDS},
+                self.directory("translated") / chunk.name,
+                self.seed,
+            )
+            for index, chunk in enumerate(chunks)
+        ]  # fmt: skip
+        with self.progress("translating", total, "triples") as advance:
+            self.tasks.run(translate, translations, advance)
+        for done in ("chunks", "sorted", "places"):
+            shutil.rmtree(self.directory(done))
+        ranges = hash_ranges(
+            -(-total * ROW_BYTES // self.num_bytes), [one.target for one in translations],
+            self.directory("shuffled"), drop_unseen=self.section.drop_unseen,
+        )  # fmt: skip
+        with self.progress("shuffling", total, "triples") as advance:
+            shuffled = self.tasks.run(shuffle, ranges, advance)
+        shutil.rmtree(self.directory("translated"))
+        parts: list[Part] = []
+        for index, split in enumerate(SPLITS):
+            found = [by_split[index] for by_split in shuffled]
+            counts.add(split, found)
+            runs = [(one.targets[index], met.num_written) for one, met in zip(ranges, found, strict=True)]
+            parts += parts_of(self.draft / split, TRIPLES_SCHEMA, runs)
+        with self.progress("writing", sum(counts.triples.values()), "triples") as advance:
+            self.tasks.run(write_part, parts, advance)
 
 
-def _write_splits(
-    database: duckdb.DuckDBPyConnection,
-    draft: Path,
-    section: GraphSection,
-    seed: int,
-    counts: _Counts,
-    progress: Progress,
-) -> None:
-    with progress("shuffling and writing", sum(counts.rows.values()), "triples") as advance:
-        for split in SPLITS:
-            drop = section.drop_unseen and split != "train"
-            _write_split(database, draft, split, seed, counts, drop_unseen=drop, advance=advance)
-    for split in ("valid", "test"):
-        counts.leaks[split] = _count_leaks(database, draft, split) if counts.triples[split] else 0
-
-
-def _write_split(
-    database: duckdb.DuckDBPyConnection,
-    draft: Path,
-    split: str,
-    seed: int,
-    counts: _Counts,
-    *,
-    drop_unseen: bool,
-    advance: Advance,
-) -> None:
-    unseen = distinct = 0
-    with PartWriter(draft / split, TRIPLES_SCHEMA) as writer:
-        for triples, seen, num_rows in _distinct(_shuffled(database, split, seed)):
-            distinct += len(triples)
-            unseen += len(seen) - int(np.count_nonzero(seen))
-            kept = triples[seen] if drop_unseen else triples
-            writer.append({column: kept[:, i] for i, column in enumerate(TRIPLE_COLUMNS)})
-            advance(num_rows)
-        counts.triples[split] = writer.num_rows
-    counts.duplicates[split] = counts.rows[split] - distinct
-    if split != "train":
-        counts.unseen[split] = unseen
-
-
-def _shuffled(database: duckdb.DuckDBPyConnection, split: str, seed: int) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a split as (head, relation, tail, seen), ordered by a seeded hash, ties by ids."""
-    query = f"""
-        SELECT h.id AS head, r.id AS relation, t.id AS tail, h.seen AND r.seen AND t.seen AS seen
-        FROM raw JOIN entities h ON raw.head = h.name JOIN relations r ON raw.relation = r.name
-        JOIN entities t ON raw.tail = t.name
-        WHERE raw.split = {SPLITS.index(split)}
-        ORDER BY {_hash(seed, "order", "h.id, r.id, t.id")}, h.id, r.id, t.id
-    """
-    yield from database.execute(query).to_arrow_reader(ROW_GROUP_ROWS)
-
-
-def _distinct(
-    batches: Iterator[pa.RecordBatch],
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], int]]:
-    """Drop rows that repeat the one before, as equal triples do: (int64[n, 3], seen bool[n], rows taken)."""
-    last = np.full((1, 3), -1, dtype=np.int64)
-    for batch in batches:
-        triples = np.stack([np.asarray(batch.column(i)) for i in range(3)], axis=1)
-        seen = np.asarray(batch.column(3).cast(pa.uint8())).astype(bool)
-        before = np.concatenate([last, triples[:-1]])
-        fresh = (triples != before).any(axis=1)
-        last = triples[-1:]
-        yield triples[fresh], seen[fresh], len(triples)
-
-
-def _count_leaks(database: duckdb.DuckDBPyConnection, draft: Path, split: str) -> int:
-    query = "SELECT count(*) FROM read_parquet(?) SEMI JOIN read_parquet(?) USING (head, relation, tail)"
-    globs = [str(draft / name / "*.parquet") for name in (split, "train")]
-    return _number(database.execute(query, globs))
-
-
-# Entity types
-
-
-def _write_types(
-    database: duckdb.DuckDBPyConnection, draft: Path, typed: list[tuple[RawFile, RawLayout]]
-) -> dict[str, int]:
-    """Write the types of the graph's entities, ordered by entity; count the rows of entities it lacks."""
-    database.execute("CREATE TABLE raw_types (entity VARCHAR, type VARCHAR, label VARCHAR)")
-    num_rows = 0
-    for file, layout in typed:
-        roles = ", ".join(layout.roles)
-        for rows in read_rows(file, layout):
-            # Type columns of triples repeat an entity's type with every triple of it.
-            distinct = pa.table(rows.names).group_by(list(layout.roles)).aggregate([])
-            num_rows += len(distinct)
-            _insert(database, [distinct], f"raw_types ({roles}) SELECT {roles}")
-    known = "raw_types JOIN entities ON raw_types.entity = entities.name"
-    num_unknown = num_rows - _number(database.execute(f"SELECT count(*) FROM {known}"))
-    query = f"SELECT DISTINCT id, type, label FROM {known} ORDER BY id, type, label"
-    with PartWriter(draft / ENTITY_TYPES, TYPES_SCHEMA) as writer:
-        for batch in database.execute(query).to_arrow_reader(ROW_GROUP_ROWS):
-            writer.append(dict(zip(TYPES_SCHEMA.names, batch.columns, strict=True)))
-        return {"rows": writer.num_rows, "rows_of_unknown_entities": num_unknown}
+def _silent(count: int) -> None:
+    """Advance nothing: short beside the stages that are shown."""

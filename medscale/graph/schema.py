@@ -90,7 +90,7 @@ class PartWriter:
     The files depend on the rows alone, not on the batches in which they came. No rows: no file.
     """
 
-    def __init__(self, directory: Path, schema: pa.Schema, *, part_rows: int = PART_ROWS) -> None:
+    def __init__(self, directory: Path, schema: pa.Schema, *, part_rows: int = PART_ROWS, first_part: int = 0) -> None:
         assert part_rows % ROW_GROUP_ROWS == 0 or part_rows < ROW_GROUP_ROWS
         self._directory = directory
         self._schema = schema
@@ -99,8 +99,8 @@ class PartWriter:
         self._pending = schema.empty_table()
         self._writer: pq.ParquetWriter | None = None
         self._rows_in_part = 0
-        #: files begun
-        self.num_parts = 0
+        #: the number of the next file
+        self.num_parts = first_part
         #: rows taken so far
         self.num_rows = 0
 
@@ -130,7 +130,8 @@ class PartWriter:
             path = self._directory / f"part-{self.num_parts:05d}.parquet"
             self._writer = open_writer(path, self._schema)
             self.num_parts += 1
-        self._writer.write_table(rows, row_group_size=self._group_rows)
+        # In one piece: where pages end must not tell how the rows came.
+        self._writer.write_table(rows.combine_chunks(), row_group_size=self._group_rows)
         self._rows_in_part += rows.num_rows
         if self._rows_in_part >= self._part_rows:
             self._close_part()

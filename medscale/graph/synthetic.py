@@ -13,13 +13,14 @@ size changes nothing but where the files are cut.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from medscale.cluster import HERE, Tasks
 from medscale.config import SyntheticSection
 from medscale.graph.schema import open_writer
 from medscale.logs import Advance
@@ -133,30 +134,54 @@ def triples_part(section: SyntheticSection, seed: int, part: int) -> pa.Table:
 
 def types_parts(section: SyntheticSection, seed: int) -> Iterator[tuple[str, pa.Table]]:
     """Yield (file name, rows) of all entities: (entity, type), and for users (entity, type, label)."""
-    for kind, size in kind_sizes(section).items():
-        for part, first in enumerate(range(0, size, section.part_triples)):
-            numbers = np.arange(first, min(first + section.part_triples, size), dtype=np.int64)
-            columns = {"entity": _names(seed, kind, numbers, size), "type": pa.array([kind] * len(numbers))}
-            if kind == "user":
-                columns["label"] = _joined("community", community_of_user(section, numbers))
-            yield f"{kind}-{part:05d}.parquet", pa.table(columns)
+    for kind, part in _types_parts(section):
+        yield f"{kind}-{part:05d}.parquet", _types_part(section, seed, kind, part)
 
 
-def write_raw(section: SyntheticSection, seed: int, directory: Path, advance: Advance) -> None:
+def _types_parts(section: SyntheticSection) -> list[tuple[str, int]]:
+    sizes = kind_sizes(section).items()
+    return [(kind, part) for kind, size in sizes for part in range(-(-size // section.part_triples))]
+
+
+def _types_part(section: SyntheticSection, seed: int, kind: str, part: int) -> pa.Table:
+    first, size = part * section.part_triples, kind_sizes(section)[kind]
+    numbers = np.arange(first, min(first + section.part_triples, size), dtype=np.int64)
+    columns = {"entity": _names(seed, kind, numbers, size), "type": pa.array([kind] * len(numbers))}
+    if kind == "user":
+        columns["label"] = _joined("community", community_of_user(section, numbers))
+    return pa.table(columns)
+
+
+class _RawPart(NamedTuple):
+    """A raw file to be written: triples, or the types of a kind of entities."""
+
+    section: SyntheticSection
+    seed: int
+    directory: Path
+    kind: str | None
+    part: int
+
+
+def write_raw(section: SyntheticSection, seed: int, directory: Path, advance: Advance, tasks: Tasks = HERE) -> None:
     """Write `train/part-*.parquet` and `entity_types/*.parquet` as raw files; `advance` counts triples."""
     for name in ("train", "entity_types"):
         (directory / name).mkdir(parents=True)
-    for part in range(num_parts(section)):
-        table = triples_part(section, seed, part)
-        _write(directory / "train" / f"part-{part:05d}.parquet", table)
-        advance(table.num_rows)
-    for name, table in types_parts(section, seed):
-        _write(directory / "entity_types" / name, table)
+    parts: list[tuple[str | None, int]] = [(None, part) for part in range(num_parts(section))]
+    parts += _types_parts(section)
+    tasks.run(_write_part, [_RawPart(section, seed, directory.absolute(), *part) for part in parts], advance)
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def _write_part(raw: _RawPart, advance: Advance) -> None:
+    if raw.kind is None:
+        table = triples_part(raw.section, raw.seed, raw.part)
+        path = raw.directory / "train" / f"part-{raw.part:05d}.parquet"
+    else:
+        table = _types_part(raw.section, raw.seed, raw.kind, raw.part)
+        path = raw.directory / "entity_types" / f"{raw.kind}-{raw.part:05d}.parquet"
     with open_writer(path, table.schema) as writer:
         writer.write_table(table)
+    if raw.kind is None:
+        advance(table.num_rows)
 
 
 def _plan(section: SyntheticSection) -> dict[str, tuple[int, int]]:

@@ -95,10 +95,18 @@ def softmax() -> Iterator[str]:
             yield f"`{r['scorer']}` | {words} | {r['ms_per_step']:,.0f} | {r['times_one']:.2f}"
 
 
+def preparing() -> Iterator[str]:
+    """Yield a row per number of tasks."""
+    for r in records_of("prepare_scale"):
+        place = "in one process" if r["tasks"] == 1 else "a Ray cluster of this machine's own"
+        yield f"{r['tasks']} | {place} | {r['seconds']:.0f} | {r['triples_per_s']:,.0f} | {r['peak_mib']:,.0f}"
+
+
 def section() -> str:
     """Return the section of the README."""
     rates = dict.fromkeys(f"{r['system']} {r['scorer']} {r['learning_rate']}" for r in records_of("peers"))
     peer, step = records_of("peers")[0], json.loads((RESULTS / "training_step.json").read_text())["environment"]
+    large = records_of("prepare_scale")[0]
     sizes = "one, 1 core | 64 | times one | in 3 tables | one, 2 cores | 64 | times one | in 3 tables | 2 cores / 1"
     return "\n".join([
         f"{step['date']}, {step['cpu']}, 2 cores, no GPU; 640 units, batches of 1,024 positives with 64 negatives "
@@ -136,6 +144,13 @@ def section() -> str:
         "**Softmax over shared candidates** (`softmax`): 1,024 queries x 4,352 candidates, one core.",
         "",
         *table("scorer | trained | ms per step | times one", softmax()),
+        "",
+        f"**Preparing** (`prepare_scale`): {large['triples']:,} generated triples of {large['entities']:,} entities "
+        f"with string names, {large['threads']} cores, `graph.memory_mib: {large['memory_mib']}`; seconds of the whole "
+        "command, and the most memory that all processes held together, Ray's own included. The machine did other work "
+        "at the same time.",
+        "",
+        *table("tasks | where | seconds | triples/s | MiB", preparing()),
     ])  # fmt: skip
 
 

@@ -1,0 +1,149 @@
+"""Ray, for jobs that ask for it: the cluster at hand, and functions that run as its tasks.
+
+Ray is imported when it is first needed; most jobs do without it.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from medscale.errors import WorkerError
+from medscale.logs import Advance
+
+__all__ = ["HERE", "Tasks", "cluster", "tasks_of"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: how often a task is run again after its process, or its node, died
+MAX_RETRIES = 3
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[None]:
+    """Join the cluster that the environment names, or one that runs on this machine, or else start one here."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        # What the workers import is what this process imports.
+        paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        ray.init(
+            logging_level="warning", log_to_driver=True, configure_logging=True,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class Tasks:
+    """Runs a function over many items: one after the other in this process, or some at a time on a Ray cluster.
+
+    The function takes an item and `advance`, to tell how far it has come. It may be run again where its process
+    died, so what it writes is the same each time, replaces what is there, and appears whole.
+    """
+
+    def __init__(self, number: int, directory: Path | None = None) -> None:
+        assert number == 1 or directory is not None
+        #: tasks at a time; 1: in this process
+        self.number = number
+        #: where all nodes see that tasks are to end
+        self._directory = directory
+
+    def run(self, function: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance) -> list[Result]:
+        """Return the function's results in the order of the items.
+
+        Raises:
+            WorkerError: a task's process died each time it was run. All tasks have ended.
+            Exception: what the function raised, here as there. All tasks have ended.
+
+        """
+        if self._directory is None:
+            return [function(item, advance) for item in items]
+        return _on_ray(function, items, advance, self.number, self._directory / "stop.request")
+
+
+#: in this process, one after the other
+HERE = Tasks(1)
+
+
+@contextlib.contextmanager
+def tasks_of(number: int, directory: Path) -> Iterator[Tasks]:
+    """Yield what runs `number` tasks at a time; more than one on a Ray cluster, for as long as the block lasts.
+
+    All nodes see `directory`; a file there asks tasks to end after another one failed.
+    """
+    if number == 1:
+        yield HERE
+    else:
+        with cluster():
+            yield Tasks(number, directory.absolute())
+
+
+def _on_ray(
+    function: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance, number: int, stop: Path
+) -> list[Result]:
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")(_task)
+    task = task.options(name=function.__name__)
+    results: dict[int, Result] = {}
+    waiting = list(enumerate(items))[::-1]
+    running: dict[Any, int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < number:
+                index, item = waiting.pop()
+                running[task.remote(function, item, stop)] = index
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            index = running.pop(done)
+            results[index], units = _result(done, function.__name__)
+            advance(units)
+    finally:
+        # Nothing is written any more once this returns: the caller removes what failed. Ray's own way to cancel a task
+        # brings this process down where the task ends at that moment (Ray 2.60: "Tried to complete task").
+        if running:
+            with contextlib.suppress(OSError):
+                stop.touch()
+            ray.wait(list(running), num_returns=len(running))
+    return [results[index] for index in range(len(items))]
+
+
+class _StoppedError(Exception):
+    """Another task failed: this one ends, and nobody asks for its result."""
+
+
+def _task(function: Callable[[Item, Advance], Result], item: Item, stop: Path) -> tuple[Result, int]:
+    """Run in a process of Ray's: return the result, and by how much it advanced."""
+    units = 0
+
+    def advance(count: int) -> None:
+        nonlocal units
+        if stop.exists():
+            raise _StoppedError
+        units += count
+
+    advance(0)
+    result = function(item, advance)
+    return result, units
+
+
+def _result(reference: Any, name: str) -> Any:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise WorkerError(
+            f"a task of Ray ({name}) died {MAX_RETRIES + 1} times: {type(error).__name__}: {lines[0]}; give the "
+            "machine more memory, or lower graph.memory_mib or graph.tasks"
+        ) from error
