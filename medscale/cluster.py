@@ -4,12 +4,13 @@ Ray is imported when it is first needed; most jobs do without it.
 """
 
 import contextlib
+import ipaddress
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medscale.errors import WorkerError
+from medscale.errors import UnsupportedError, WorkerError
 from medscale.logs import Advance
 
 __all__ = ["HERE", "Tasks", "cluster", "tasks_of"]
@@ -35,10 +36,38 @@ def cluster() -> Iterator[None]:
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
         )  # fmt: skip
     try:
+        _require_token()
         yield
     finally:
         if started:
             ray.shutdown()
+
+
+def _require_token() -> None:
+    """Refuse a cluster that other machines reach and that asks nobody for a token: they could run code in this job.
+
+    Raises:
+        UnsupportedError: names the address, and how to start Ray.
+
+    """
+    import ray
+
+    # Ray offers no public word for it; its own clients ask here too.
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    host = ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
+    if not is_token_auth_enabled() and not _is_loopback(host):
+        raise UnsupportedError(
+            f"Ray at {host} runs what anyone who reaches it sends: start it with RAY_AUTH_MODE=token (see README, Many "
+            "workers), or with --node-ip-address=127.0.0.1 on this machine alone"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Tasks:

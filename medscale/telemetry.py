@@ -30,21 +30,22 @@ def collective_milliseconds(*, wanted: bool) -> Iterator[dict[str, float]]:
         return
     with profile(activities=[ProfilerActivity.CPU], acc_events=False) as profiled:
         yield found
-    spans: dict[str, list[tuple[float, float]]] = {"together": []}
-    for event in profiled.events() or ():
-        if event.name.startswith(_BACK_ENDS):
-            span = (event.time_range.start, event.time_range.end)
-            spans.setdefault(event.name.partition(":")[2], []).append(span)
+    spans: dict[str, list[tuple[int, int]]] = {"together": []}
+    # What the profile is made of: making it would take longer than the step.
+    for event in profiled.profiler.kineto_results.events():
+        name = event.name()
+        if name.startswith(_BACK_ENDS):
+            span = (event.start_ns(), event.start_ns() + event.duration_ns())
+            spans.setdefault(name.partition(":")[2], []).append(span)
             spans["together"].append(span)
-    found |= {kind: round(_covered(several) / 1000, 3) for kind, several in spans.items()}
+    found |= {kind: round(_covered(several) / 1e6, 3) for kind, several in spans.items()}
 
 
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
+def _covered(spans: Iterable[tuple[int, int]]) -> int:
     """Return the length of the union of spans."""
-    covered = 0.0
-    last = float("-inf")
+    covered = last = 0
     for start, end in sorted(spans):
-        covered += max(end - max(start, last), 0.0)
+        covered += max(end - max(start, last), 0)
         last = max(last, end)
     return covered
 

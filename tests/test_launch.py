@@ -16,6 +16,7 @@ from children import wait_for
 from toy import toy_job, write_toy_graph
 
 from medscale.checkpoint import committed_steps, open_tables
+from medscale.errors import UnsupportedError
 from medscale.jobfile import dump_job
 
 BIN = Path(sys.executable).parent
@@ -73,12 +74,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def head(folder: Path, variables: Mapping[str, str]) -> Iterator[str]:
-    """Run `ray start --head` with token authentication; yield the dashboard's address."""
-    port, dashboard = free_port(), free_port()
+def head(folder: Path, variables: Mapping[str, str], host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Run `ray start --head`; yield the dashboard's address."""
+    port, dashboard = port or free_port(), free_port()
     process = subprocess.Popen(
         [
-            "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
+            "ray", "start", "--head", "--block", "--num-cpus=2", f"--node-ip-address={host}", f"--port={port}",
             f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats",
         ],
         env=environment(**variables), stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT,
@@ -117,6 +118,27 @@ def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> 
     assert (folder / "submitted" / "ring" / "export" / "phone" / "manifest.json").exists()
     run = [path.read_bytes() for path in (folder / "submitted").rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in data for data in run), "the token stays out of what is kept"
+
+
+def own_address() -> str | None:
+    """Return an address of this machine that others could reach."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+    return None
+
+
+@pytest.mark.slow
+def test_a_cluster_that_others_reach_without_a_token_is_refused(folder: Path) -> None:
+    host, port = own_address(), free_port()
+    if host is None:
+        pytest.skip("this machine has no address but its own loopback")
+    open_door = {"RAY_AUTH_MODE": "disabled"}
+    with head(folder, open_door, host, port):
+        refused = train(write_job(folder, 2), folder, "open", **open_door, RAY_ADDRESS=f"{host}:{port}")
+    assert refused.returncode == UnsupportedError.exit_code, refused.stderr
+    assert host in refused.stderr
+    assert "RAY_AUTH_MODE=token" in refused.stderr
 
 
 @pytest.mark.slow
