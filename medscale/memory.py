@@ -36,6 +36,8 @@ __all__ = ["MIB", "GraphSize", "Memory", "StepSize", "memory_of", "state_numbers
 MIB = 2**20
 #: resident memory of a process that has imported torch, TorchRec and FBGEMM, pyarrow and DuckDB (measured: 505-560)
 _LIBRARIES = 560 * MIB
+#: what a process of Ray Train has beside that
+_RAY = 200 * MIB
 #: what CUDA and NCCL take of a GPU: assumed
 _CUDA = 2048 * MIB
 
@@ -94,7 +96,7 @@ def memory_of(job: Job, size: GraphSize, layout: Layout, placement: Placement, *
     if workers > 1:
         computing["rows sent and received"] = 2 * FLOAT * workers * step.rows * share.columns
     host = {
-        "libraries": _LIBRARIES,
+        "libraries": _LIBRARIES + (_RAY if workers > 1 else 0),
         "graph": _graph_bytes(job, size, ranks=workers == 1 or validates),
         # a portion of rows, as read, as Parquet and as safetensors; the C library keeps what training has freed
         "exporting": min(3 * CHUNK_BYTES, whole) if workers == 1 else 0,

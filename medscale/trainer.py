@@ -53,6 +53,7 @@ from medscale.pulse import naming_the_silent
 from medscale.sharding import placement_of
 from medscale.storage import fault_point, write_atomic
 from medscale.telemetry import collective_milliseconds, memory_mib
+from medscale.traffic import bytes_per_step
 from medscale.validation import Evaluators, Validation, count_committed, mrr_by_dim, watched_mrr
 from medscale.workers import ALONE, Workers
 
@@ -93,9 +94,13 @@ class Trainer:
         self.job, self.graph, self.run_directory, self.device = job, graph, run_directory, device
         self.workers = workers
         self.layout = layout_of(job.model, graph.num_entities, graph.num_relations)
-        placement = placement_of(self.layout, job.runtime)
+        self.placement = placement_of(self.layout, job.runtime)
         self.table = EntityTable(
-            self.layout, *fused_optimizer(job.optimizer, device), device=device, workers=workers, placement=placement
+            self.layout,
+            *fused_optimizer(job.optimizer, device),
+            device=device,
+            workers=workers,
+            placement=self.placement,
         )
         self.relations = torch.nn.Parameter(
             torch.empty(self.layout.num_relation_rows, self.layout.num_relation_columns, device=device)
@@ -172,9 +177,8 @@ class Trainer:
                 if logged or display.due():
                     display.update(step, rate, terms.means())
                 if logged:
-                    run_log.write("train", step, {
-                        **self._described(terms), "triples_per_s": round(rate, 1), **self._spent(collectives),
-                    })  # fmt: skip
+                    spent = self._spent(len(batch.entities_U), collectives)
+                    run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1), **spent})
                     clock, trained = time.monotonic(), 0.0
                 if self._validation_due():
                     self._validate()
@@ -321,13 +325,15 @@ class Trainer:
         epoch = (self.progress.step - 1) // self.batches.steps_per_epoch + 1
         return {"epoch": epoch, **terms.means(), **scaling, "hard_by_dim": hard}
 
-    def _spent(self, collectives: dict[str, float]) -> dict[str, Any]:
+    def _spent(self, num_rows: int, collectives: dict[str, float]) -> dict[str, Any]:
         """Return what this step, or all since the last that was logged, cost each worker, by rank. Collective."""
-        own = {"batch_wait_s": round(self._waited, 4), **memory_mib(self.device)}
+        own = {"batch_wait_s": round(self._waited, 4), "rows": num_rows, **memory_mib(self.device)}
         own |= {f"{kind}_ms": milliseconds for kind, milliseconds in collectives.items()}
         self._waited = 0.0
         by_rank = list(enumerate(self.workers.all_of(own)))
         spent = {name: {str(rank): each.get(name, 0.0) for rank, each in by_rank} for name in own}
+        sent = bytes_per_step(self.layout, self.placement, [each["rows"] for _, each in by_rank])
+        spent["sent_mib"] = {str(rank): round(traffic.total / 2**20, 3) for rank, traffic in enumerate(sent)}
         return {**spent, **self.batches.described()}
 
     def _prefetched(self) -> Iterator[CorruptionBatch | QueryBatch]:

@@ -74,8 +74,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def head(folder: Path, variables: Mapping[str, str], host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Run `ray start --head`; yield the dashboard's address."""
+def head(
+    folder: Path, variables: Mapping[str, str], host: str = "127.0.0.1", port: int = 0
+) -> Iterator[tuple[str, int]]:
+    """Run `ray start --head`; yield (the dashboard's address, the process)."""
     port, dashboard = port or free_port(), free_port()
     process = subprocess.Popen(
         [
@@ -93,9 +95,10 @@ def head(folder: Path, variables: Mapping[str, str], host: str = "127.0.0.1", po
             assert time.monotonic() < deadline, (folder / "head.log").read_text()
             assert process.poll() is None, (folder / "head.log").read_text()
             time.sleep(0.5)
-        yield f"http://127.0.0.1:{dashboard}"
+        yield f"http://127.0.0.1:{dashboard}", process.pid
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
@@ -105,7 +108,7 @@ def head(folder: Path, variables: Mapping[str, str], host: str = "127.0.0.1", po
 def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> None:
     """As the README has it, and not without the token."""
     job, variables = write_job(folder, 2), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    with head(folder, variables) as address:
+    with head(folder, variables) as (address, _):
         submit = ["ray", "job", "submit", "--address", address, "--", *command(job, folder, "submitted")]
         stranger = {**variables, "RAY_AUTH_TOKEN": "another"}
         refused = subprocess.run(submit, env=environment(**stranger), capture_output=True, text=True, timeout=120)
@@ -118,6 +121,17 @@ def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> 
     assert (folder / "submitted" / "ring" / "export" / "phone" / "manifest.json").exists()
     run = [path.read_bytes() for path in (folder / "submitted").rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in data for data in run), "the token stays out of what is kept"
+
+
+def descendants(pid: int) -> list[int]:
+    """Return a process's children, and theirs."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            child, parent = int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == pid:
+                found += [child, *descendants(child)]
+    return found
 
 
 def own_address() -> str | None:
@@ -171,6 +185,35 @@ def test_a_killed_driver_is_submitted_again_and_a_signal_saves(folder: Path) -> 
     done = train(job, folder, "signals")
     assert done.returncode == 0, done.stderr
     require_same(folder, "signals")
+
+
+@pytest.mark.slow
+def test_a_cluster_that_dies_whole_gets_the_job_again(folder: Path) -> None:
+    """GCS, raylet, driver and workers are killed at once; a new cluster, and the very same submission."""
+    job, variables = write_job(folder, 2), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    log = folder / "headless" / "ring" / "metrics.jsonl"
+
+    def submission(address: str, *options: str) -> list[str]:
+        return ["ray", "job", "submit", "--address", address, *options, "--", *command(job, folder, "headless")]
+
+    with head(folder, variables) as (address, pid):
+        begun = subprocess.run(
+            submission(address, "--no-wait"), env=environment(**variables), capture_output=True, text=True, timeout=120
+        )
+        assert begun.returncode == 0, begun.stderr
+        wait_for(log, '"step": 10,', seconds=150)
+        for member in [*descendants(pid), pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+    # what was a child of those ends when it misses them
+    time.sleep(10)
+    with head(folder, variables) as (address, _):
+        done = subprocess.run(
+            submission(address), env=environment(**variables), capture_output=True, text=True, timeout=300
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from step-" in done.stdout + done.stderr
+    require_same(folder, "headless")
 
 
 @pytest.mark.slow

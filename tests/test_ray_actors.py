@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import object_store
 import pytest
 import ray
 from partitions import NUM_TRIPLES, write_partitioned_graph
@@ -22,7 +23,9 @@ from medscale.errors import CheckpointError, GraphError
 from medscale.evaluators import RayEvaluators, start_evaluators
 from medscale.graph.reader import Graph
 from medscale.graph.schema import PART_ROWS
+from medscale.graph.upload import upload_graph
 from medscale.launch import train_on_ray
+from medscale.location import RemotePath, parse_location
 from medscale.readers import feed_of, start_readers
 from medscale.train import train
 from medscale.validation import count_committed
@@ -30,8 +33,17 @@ from medscale.validation import count_committed
 TESTS = Path(__file__).parent
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that speaks S3, and an environment that names it."""
+    log = tmp_path_factory.mktemp("s3") / "requests.log"
+    with object_store.serving(log) as url, pytest.MonkeyPatch.context() as patch:
+        object_store.use(patch, url)
+        yield url
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
+def _cluster(store: str) -> Iterator[None]:
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, logging_level="warning", log_to_driver=False,
@@ -69,6 +81,18 @@ def test_readers_bring_what_a_worker_alone_reads(graph: Graph, number: int) -> N
                 last = min(first + 250_000, NUM_TRIPLES)
                 np.testing.assert_array_equal(feed.triples(1, first, last), alone.triples(1, first, last))
         assert sum(feed.described()["reader_triples"].values()) <= 2 * NUM_TRIPLES, "a partition was read twice"
+
+
+def test_readers_scan_partitions_in_an_object_store(graph: Graph, store: str) -> None:
+    object_store.make_bucket(store, "partitions")
+    target = parse_location("s3://partitions/graph")
+    assert isinstance(target, RemotePath)
+    remote, alone = upload_graph(graph, target, lambda size: None), Feed.of(PartitionReader(graph, 0))
+    job = job_with(readers=2)
+    with readers_of(job, remote) as readers:
+        feed = feed_of(readers, job, remote)
+        for first in range(0, NUM_TRIPLES - 99, 300_000):
+            np.testing.assert_array_equal(feed.triples(0, first, first + 99), alone.triples(0, first, first + 99))
 
 
 def test_a_reader_that_dies_is_replaced(graph: Graph) -> None:
@@ -147,5 +171,6 @@ def test_a_run_with_readers_and_evaluators_equals_one_process(toy_graph: Graph, 
     assert committed_steps(tmp_path / "alone")[-1].name == committed_steps(tmp_path / "many")[-1].name
     told = [r for r in lines["many"] if r["kind"] == "train"][-1]
     assert set(told["memory_mib"]) == set(told["batch_wait_s"]) == {"0", "1"}
+    assert all(0 < mib < 1 for mib in told["sent_mib"].values())
     assert 0 < told["all_to_all_ms"]["0"] <= told["together_ms"]["0"]
     assert sum(told["reader_triples"].values()) >= toy_graph.num_triples["train"] * 6

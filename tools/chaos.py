@@ -27,9 +27,15 @@ FAULTS = {
     "another number of workers": [
         "test_workers.py::test_a_run_goes_on_with_another", "test_workers.py::test_each_triple_is_trained",
     ],
-    "SIGTERM": ["test_trainer.py::test_signals_save", "test_launch.py::test_a_killed_driver"],
+    "SIGTERM": [
+        "test_trainer.py::test_signals_save", "test_workers.py::test_a_signal_to_one",
+        "test_launch.py::test_a_killed_driver",
+    ],
     "Ray worker killed": ["test_launch.py::test_a_worker_that_dies"],
-    "driver killed and submitted again": ["test_launch.py::test_a_killed_driver"],
+    "driver or cluster killed, submitted again": [
+        "test_launch.py::test_a_killed_driver", "test_launch.py::test_a_cluster_that_dies",
+    ],
+    "reader or task of preparing killed": ["test_ray_actors.py::test_a_reader_that_dies", "test_cluster.py"],
     "worker hangs or dies": ["test_workers.py::test_a_worker_that_hangs"],
     "out of memory": ["test_commands.py::test_predicted_memory", "test_commands.py::test_plan_tells"],
     "disk full while saving": ["test_checkpoint.py::test_a_full_disk"],
@@ -43,7 +49,10 @@ FAULTS = {
     "two writers": ["test_checkpoint.py::test_a_second_writer", "test_split.py::test_one_export"],
     "changed job": ["test_checkpoint.py::test_a_changed_job", "test_checkpoint.py::test_every_key"],
     "power loss": ["test_checkpoint.py::test_files_are_synced"],
-    "damaged Parquet": ["test_ingest.py::test_damaged_parquet", "test_ingest.py::test_parquet_bomb"],
+    "damaged Parquet": [
+        "test_ingest.py::test_damaged_parquet", "test_ingest.py::test_parquet_bomb",
+        "test_ray_actors.py::test_a_damaged_file", "test_remote_graph.py",
+    ],
     "wrong schemas and ids": [
         "test_ingest.py::test_wrong_schemas", "test_ingest.py::test_bad_parquet",
         "test_reader.py::test_ids_out",
@@ -57,7 +66,7 @@ FAULTS = {
     "export interrupted": ["test_split.py::test_exports_killed", "test_split.py::test_a_polling_reader"],
     "names that lead outside": ["test_runtime.py::test_names_that_lead"],
     "weak manifests": ["test_k8s.py"],
-    "no token": ["test_launch.py::test_a_job_submitted"],
+    "no token": ["test_launch.py::test_a_job_submitted", "test_launch.py::test_a_cluster_that_others"],
 }  # fmt: skip
 
 
