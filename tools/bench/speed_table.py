@@ -102,11 +102,55 @@ def preparing() -> Iterator[str]:
         yield f"{r['tasks']} | {place} | {r['seconds']:.0f} | {r['triples_per_s']:,.0f} | {r['peak_mib']:,.0f}"
 
 
+def growing() -> Iterator[str]:
+    """Yield a row per size of graph."""
+    for r in records_of("skg_scale"):
+        yield (
+            f"{r['entities']:,} | {r['triples']:,} | {r['triples_per_s']:,.0f} | {r['times_smallest']:.2f} "
+            f"| {r['peak_mib'] / 1024:.1f} | {r['grown_mib']:+.0f} | {r['epoch_s']:,.0f}"
+        )
+
+
+def whole_run() -> Iterator[str]:
+    """Yield a row per stage of the full-size run."""
+    for r in records_of("skg_run"):
+        found = {
+            "train": lambda r: (
+                f"{r['steps']:,} steps at {r['triples_per_s']:,.0f} triples/s, the slowest stretch at "
+                f"{r['slowest_per_s']:,.0f}; resident memory {r['grown_mib']:+.0f} MiB on the way; "
+                f"{r['checkpoint_s']:.0f} s of it saving a checkpoint"
+            ),
+            "evaluate": lambda r: f"{r['queries']:,} queries among all entities, three sub-models",
+            "export": lambda r: f"three tiers, {r['gb']:.1f} GB",
+        }.get(r["stage"], lambda r: "the graph was there already: opened and verified")(r)
+        yield f"`{r['stage']}` | {found} | {r['seconds']:,.0f} | {r['peak_mib'] / 1024:.1f}"
+
+
+def workers() -> Iterator[str]:
+    """Yield a row per number of workers and batch."""
+    words = {"one": "one worker", "strong": "two, the same batch", "weak": "two, twice the batch"}
+    for r in records_of("scaling"):
+        yield (
+            f"{words[r['system']]} | {r['batch']:,} | {r['triples_per_s']:,.0f} | {r['times_one']:.2f} "
+            f"| {r['communication']:.0%} | {r['mib_per_step']:.1f} | {r['planned_mib_per_step']:.1f} "
+            f"| {r['peak_mib']:,.0f} | {r['planned_mib']:,.0f}"
+        )
+
+
+def reading() -> Iterator[str]:
+    """Yield a row per number of readers."""
+    for r in records_of("readers"):
+        who = f"{r['readers']} reader actors" if r["readers"] else "the worker's own thread"
+        yield f"{who} | {r['triples']:,} | {r['triples_per_s']:,.0f} | {r['peak_mib']:,.0f}"
+
+
 def section() -> str:
     """Return the section of the README."""
     rates = dict.fromkeys(f"{r['system']} {r['scorer']} {r['learning_rate']}" for r in records_of("peers"))
     peer, step = records_of("peers")[0], json.loads((RESULTS / "training_step.json").read_text())["environment"]
     large = records_of("prepare_scale")[0]
+    scale, full, pair = (records_of(name)[-1] for name in ("skg_scale", "skg_run", "scaling"))
+    scale, full, pair = (records_of(name)[-1] for name in ("skg_scale", "skg_run", "scaling"))
     sizes = "one, 1 core | 64 | times one | in 3 tables | one, 2 cores | 64 | times one | in 3 tables | 2 cores / 1"
     return "\n".join([
         f"{step['date']}, {step['cpu']}, 2 cores, no GPU; 640 units, batches of 1,024 positives with 64 negatives "
@@ -151,6 +195,33 @@ def section() -> str:
         "at the same time.",
         "",
         *table("tasks | where | seconds | triples/s | MiB", preparing()),
+        "",
+        "**Reading** (`readers`): triples read, shuffled and handed to a worker that only takes them, 2 cores, warm "
+        "files; memory of the readers (of the whole worker where it reads for itself).",
+        "",
+        *table("read by | triples | triples/s | MiB", reading()),
+        "",
+        f"**Size** (`skg_scale`): `jobs/skg.yaml` (TransE, tiers of 10, 100 and 500 units, steps of "
+        f"{scale['batch']:,} triples with 64 negatives shared by chunks of 32) on generated graphs, {scale['threads']} "
+        "cores, one worker: training alone, its cost per triple over the smallest graph's, peak memory and what it "
+        "grew by, time of an epoch.",
+        "",
+        *table("entities | triples | triples/s | cost | GiB | MiB grown | s per epoch", growing()),
+        "",
+        f"**The full size, stage by stage** (`skg_run`): the same job on {full['entities']:,} entities and 50,759,689 "
+        "triples, one worker.",
+        "",
+        *table("stage | what | seconds | GiB", whole_run()),
+        "",
+        f"**Workers** (`scaling`): the same job on {pair['entities']:,} entities, workers of one core each on one "
+        "machine, over gloo: communication is the share of a step in collective calls, MiB sent by the worker that "
+        "sends most and peak MiB of the larger worker are beside what `medscale plan` says. Two workers on one machine are "
+        "slower than one: rows cross between processes, and every worker looks up rows that another looks up too. They "
+        "are for tables that one machine cannot hold.",
+        "",
+        *table(
+            "workers | batch | triples/s | times one | communication | MiB sent | planned | MiB | planned", workers()
+        ),
     ])  # fmt: skip
 
 
