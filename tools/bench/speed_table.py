@@ -215,9 +215,9 @@ def section() -> str:
         "",
         f"**Workers** (`scaling`): the same job on {pair['entities']:,} entities, workers of one core each on one "
         "machine, over gloo: communication is the share of a step in collective calls, MiB sent by the worker that "
-        "sends most and peak MiB of the larger worker are beside what `medscale plan` says. Two workers on one machine are "
-        "slower than one: rows cross between processes, and every worker looks up rows that another looks up too. They "
-        "are for tables that one machine cannot hold.",
+        "sends most and peak MiB of the larger worker are beside what `medscale plan` says. Two workers on one machine "
+        "are slower than one: rows cross between processes, and every worker looks up rows that another looks up too. "
+        "They are for tables that one machine cannot hold.",
         "",
         *table(
             "workers | batch | triples/s | times one | communication | MiB sent | planned | MiB | planned", workers()
