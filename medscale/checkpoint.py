@@ -7,7 +7,9 @@ round: manifest, sizes, hashes, and only then DCP, which would load flipped bits
 """
 
 import contextlib
+import dataclasses
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -21,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from medscale.config import ModelSection
@@ -41,6 +44,7 @@ from medscale.storage import (
 from medscale.workers import ALONE, Workers
 
 __all__ = [
+    "PIECE_BYTES",
     "Checkpoint",
     "ShardRows",
     "Tables",
@@ -64,6 +68,8 @@ __all__ = [
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{9,})")
 
+#: bytes of a table that lie together in a checkpoint: what writing or reading it copies
+PIECE_BYTES = 64 << 20
 #: names the best step of a run
 _BEST = "best.json"
 #: DCP's files of a step lie in a folder of their own
@@ -135,13 +141,42 @@ def save(run_directory: Path, state: Mapping[str, Any], facts: Mapping[str, Any]
         return final
     with _draft_of(final, workers) as draft:
         with _agreement(final, workers), _quiet():
-            dcp.save(dict(state), checkpoint_id=draft / _STATE)
+            dcp.save(_in_pieces(state), checkpoint_id=draft / _STATE)
         with _agreement(final, workers):
             if workers.leads:
                 fault_point("after-shard")
                 write_manifest(draft, "checkpoint", FORMAT, facts)
                 commit_directory(draft, final)
     return final
+
+
+def _in_pieces(value: Any) -> Any:
+    """Cut sharded tensors by rows, wherever they are nested: DCP copies what lies together to write it, and to read."""
+    if isinstance(value, Mapping):
+        return {name: _in_pieces(inner) for name, inner in value.items()}
+    return _cut(value) if isinstance(value, ShardedTensor) else value
+
+
+def _cut(tensor: ShardedTensor) -> ShardedTensor:
+    local = [
+        Shard(shard.tensor[piece.shard_offsets[0] - shard.metadata.shard_offsets[0] :][: piece.shard_sizes[0]], piece)
+        for shard in tensor.local_shards()
+        for piece in _pieces(shard.metadata, shard.tensor.element_size())
+    ]
+    whole, number_bytes = tensor.metadata(), tensor.dtype.itemsize
+    metadata = dataclasses.replace(
+        whole, shards_metadata=[piece for shard in whole.shards_metadata for piece in _pieces(shard, number_bytes)]
+    )
+    return ShardedTensor._init_from_local_shards_and_global_metadata(local, metadata)
+
+
+def _pieces(shard: ShardMetadata, number_bytes: int) -> Iterator[ShardMetadata]:
+    """Yield metadata of a shard's pieces."""
+    (first, *rest), (num_rows, *widths) = shard.shard_offsets, shard.shard_sizes
+    step = max(1, PIECE_BYTES // (number_bytes * math.prod(widths)))
+    for start in range(0, num_rows, step):
+        sizes = [min(step, num_rows - start), *widths]
+        yield ShardMetadata([first + start, *rest], sizes, placement=shard.placement)
 
 
 @contextlib.contextmanager

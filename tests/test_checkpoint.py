@@ -1,5 +1,6 @@
 """Checkpoints under damage: nothing unverified is loaded, nothing committed is lost, nothing starts over silently."""
 
+import ctypes
 import json
 import resource
 import shutil
@@ -11,17 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
 from toy import toy_job
 
+from medscale import checkpoint
 from medscale.checkpoint import (
     MUTABLE_KEYS,
     changed_keys,
     checkpoints_of,
     committed_steps,
     find_resumable,
+    load,
     newest_checkpoint,
     open_tables,
     retain,
+    save,
     verify,
 )
 from medscale.config import Job
@@ -31,6 +36,8 @@ from medscale.graph.reader import Graph
 from medscale.jobfile import job_to_mapping
 from medscale.storage import run_lock
 from medscale.trainer import Trainer
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -279,6 +286,45 @@ def test_files_are_synced_before_the_rename_and_the_directory_after(tmp_path: Pa
     renamed = next(i for i, call in enumerate(calls) if "rename(" in call)
     assert sum("fsync" in call for call in calls[:renamed]) >= 2
     assert any("fsync" in call for call in calls[renamed:])
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("kind", ["rowwise_adagrad", "adagrad"])
+def test_tables_in_pieces_come_back_and_take_little_memory_to_save(
+    toy_graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Pieces of seven rows or less; and of a table of 160 MB in pieces of 1 MB, a few at a time are copied."""
+    job = toy_job("transe", optimizer={"kind": kind})
+    trainer = Trainer(job, toy_graph, tmp_path / "toy", CPU)
+    trainer.initialise()
+    trainer.train_step(trainer.batches.batch(0))
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 7 * 4 * 8)
+    trainer.save()
+    other = Trainer(job, toy_graph, tmp_path / "toy", CPU)
+    other.resume(verify(newest_checkpoint(tmp_path / "toy")))
+    for one, two in zip(trainer.table.all_rows().blocks, other.table.all_rows().blocks, strict=True):
+        assert torch.equal(one, two)
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 1 << 20)
+    large = {f"block{i}": _sharded(torch.rand(250_000, 40)) for i in range(4)}
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_mib("VmRSS")
+    save(tmp_path / "large", {"entities": large}, {"step": 1})
+    assert _status_mib("VmHWM") - before < 20
+    back = {name: torch.empty(250_000, 40) for name in large}
+    load(verify(newest_checkpoint(tmp_path / "large")), {"entities": back}, collective=False)
+    for name, tensor in large.items():
+        assert torch.equal(back[name], tensor.local_shards()[0].tensor)
+
+
+def _sharded(tensor: torch.Tensor) -> ShardedTensor:
+    piece = ShardMetadata([0, 0], list(tensor.shape), placement="rank:0/cpu")
+    return ShardedTensor._init_from_local_shards([Shard(tensor, piece)], *tensor.shape)
+
+
+def _status_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 @pytest.mark.usefixtures("group")
