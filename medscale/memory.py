@@ -11,7 +11,7 @@ and trains on b of the batch's positives or queries. Numbers are float32 (4 byte
                                 out of negatives or ranks
     batch                       4 (3 U + 8 b) C with the fused kernels, and the scores that a loss keeps
     rows sent and received      8 W U C_w: what a worker looks up for all W, and the gradients of that
-    a block to be saved         4 E_w times the widest block: it leaves a GPU for a checkpoint as a whole
+    saving and exporting        four copies of 64 MiB of a table, or of what it has
 
 On a GPU with uvm_caching, tables and state lie in the host's memory; the GPU holds f E_w T_w rows as wide as the
 widest block, f the share that is cached, with 16 bytes for each, and 4 E_w T_w bytes that say where rows are. With
@@ -22,13 +22,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from medscale.checkpoint import PIECE_BYTES
 from medscale.config import Job
 from medscale.graph.schema import PART_ROWS
 from medscale.model.embedding import Placement
 from medscale.model.layout import Layout
 from medscale.model.prefix import SLICE_NUMBERS
 from medscale.sharding import FLOAT, shares_of
-from medscale.split import CHUNK_BYTES
 from medscale.traffic import INT
 
 __all__ = ["MIB", "GraphSize", "Memory", "StepSize", "memory_of", "state_numbers", "step_size"]
@@ -81,7 +81,6 @@ def memory_of(job: Job, size: GraphSize, layout: Layout, placement: Placement, *
     workers = job.runtime.workers
     share = max(shares_of(layout, placement, workers), key=lambda share: share.table_bytes)
     step = step_size(job, layout)
-    whole = FLOAT * layout.num_entities * sum(block.width for block in layout.blocks)
     validates = bool(job.train.validate_every and size.num_valid)
     relations = FLOAT * layout.num_relation_rows * layout.num_relation_columns
     tables = {
@@ -98,16 +97,15 @@ def memory_of(job: Job, size: GraphSize, layout: Layout, placement: Placement, *
     host = {
         "libraries": _LIBRARIES + (_RAY if workers > 1 else 0),
         "graph": _graph_bytes(job, size, ranks=workers == 1 or validates),
-        # a portion of rows, as read, as Parquet and as safetensors; the C library keeps what training has freed
-        "exporting": min(3 * CHUNK_BYTES, whole) if workers == 1 else 0,
+        # copies of pieces on their way to a checkpoint; more than exporting's portions of rows
+        "saving and exporting": min(4 * PIECE_BYTES, share.table_bytes),
     }
     if not on_cuda:
         return Memory(_taken(host | tables | computing), {})
-    widest = max(block.width for block in layout.blocks)
     device, slots = {"CUDA and NCCL (assumed)": _CUDA} | computing, share.rows * share.blocks
     if placement.memory == "device":
-        host["a block to be saved"] = FLOAT * share.rows * widest
         return Memory(_taken(host), _taken(device | tables))
+    widest = max(block.width for block in layout.blocks)
     device["cached rows"] = int(placement.cache_fraction * slots * (FLOAT * widest + 16)) + FLOAT * slots
     if placement.memory == "ssd":
         device["optimizer state"] = tables["optimizer state"]

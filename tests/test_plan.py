@@ -75,14 +75,14 @@ def skg(workers: int, memory_gib: float, **runtime: Any) -> Job:
 
 
 def test_memory_of_a_gpu_and_its_host_counted_by_hand() -> None:
-    """32 workers hold a table each, the widest of 16 columns; a block leaves the GPU whole to be saved."""
+    """32 workers hold a table each, the widest of 16 columns; pieces of it leave the GPU to be saved."""
     memory = plan(skg(32, 80), BILLION).memory
     assert memory.device["entity tables"] == 4 * 10**9 * 16
     assert memory.device["optimizer state"] == 4 * 10**9
     assert memory.device["relations"] == 3 * 4 * 100 * 500
     rows = 2 * 256 + 256 // 32 * 64
     assert memory.device["rows sent and received"] == 2 * 4 * 32 * rows * 16
-    assert memory.host["a block to be saved"] == 4 * 10**9 * 16
+    assert memory.host["saving and exporting"] == 4 * 64 * 2**20
     assert memory.host["graph"] == 104 * 2**20, "partitions; without validation no filter is built"
     by_rows = plan(skg(32, 80, placement="row_wise"), BILLION).memory
     assert by_rows.device["entity tables"] == 4 * 10**9 * 500 // 32
