@@ -57,7 +57,7 @@ def start_readers(job: Job, graph: Graph) -> list[Any]:
 def feed_of(readers: list[Any], job: Job, graph: Graph) -> Feed:
     """Return a worker's feed from readers that take turns, one partition ahead for each."""
     order = order_of(graph, job.seed)
-    counts: dict[int, ReaderCounts] = {}
+    counts = [ReaderCounts(number) for number in range(len(readers))]
 
     def read(epoch: int, place: int) -> NDArray[np.int64]:
         number = (epoch * len(order.sizes) + place) % len(readers)
@@ -75,4 +75,4 @@ def feed_of(readers: list[Any], job: Job, graph: Graph) -> Feed:
                 lost = error
         raise WorkerError(f"reader {number} was lost {_ATTEMPTS} times: {lost}; see its log, and run again to go on")
 
-    return Feed(order, read, lambda: [counts[number] for number in sorted(counts)], ahead=len(readers))
+    return Feed(order, read, lambda: counts, ahead=len(readers))

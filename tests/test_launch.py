@@ -1,6 +1,7 @@
 """Ray, for real: a cluster of this machine's own, with tokens, jobs submitted to it as the README says."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +25,10 @@ BIN = Path(sys.executable).parent
 TOKEN = "token-of-this-test"
 
 
-def write_job(folder: Path, workers: int, name: str = "ring") -> Path:
+def write_job(folder: Path, workers: int, name: str = "ring", **runtime: int) -> Path:
     job = toy_job(
         "complex", name, train={"epochs": 10, "validate_every": 5}, optimizer={"kind": "adagrad"},
-        runtime={"workers": workers, "timeout_s": 20, "memory_gib": 4.0},
+        runtime={"workers": workers, "timeout_s": 20, "memory_gib": 4.0, **runtime},
     )  # fmt: skip
     path = folder / f"{name}.yaml"
     path.write_text(dump_job(job), encoding="utf-8")
@@ -61,6 +63,10 @@ def train(job: Path, folder: Path, runs: str, **variables: str) -> subprocess.Co
 
 def table(run_directory: Path) -> np.ndarray:  # type: ignore[type-arg]
     return open_tables(committed_steps(run_directory)[-1]).rows().slice(0, 90).numpy()
+
+
+def records(run_directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def require_same(folder: Path, runs: str) -> None:
@@ -107,7 +113,8 @@ def head(
 
 def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> None:
     """As the README has it, and not without the token."""
-    job, variables = write_job(folder, 2), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    job = write_job(folder, 2, evaluators=1)
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     with head(folder, variables) as (address, _):
         submit = ["ray", "job", "submit", "--address", address, "--", *command(job, folder, "submitted")]
         stranger = {**variables, "RAY_AUTH_TOKEN": "another"}
@@ -118,6 +125,10 @@ def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 workers with" in done.stdout + done.stderr
     require_same(folder, "submitted")
+    one, other = (
+        [r["mrr"] for r in records(folder / runs / "ring") if r["kind"] == "valid"] for runs in ("alone", "submitted")
+    )
+    assert [pytest.approx(mrr, abs=0.05) for mrr in one] == other, "an evaluator validates as the workers would"
     assert (folder / "submitted" / "ring" / "export" / "phone" / "manifest.json").exists()
     run = [path.read_bytes() for path in (folder / "submitted").rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in data for data in run), "the token stays out of what is kept"
