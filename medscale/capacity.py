@@ -135,8 +135,8 @@ def _choices(job: Job) -> Iterator[Job]:
     runtime = job.runtime
     both: tuple[Literal["table_wise", "row_wise"], ...] = ("table_wise", "row_wise")
     by = both if runtime.placement == "auto" else (runtime.placement,)
-    places = _TABLE_MEMORY if on_cuda(job) else _TABLE_MEMORY[:1]
-    for place in places[places.index(runtime.table_memory) :]:
+    places = _TABLE_MEMORY[_TABLE_MEMORY.index(runtime.table_memory) :] if on_cuda(job) else _TABLE_MEMORY[:1]
+    for place in places:
         left_open = place != "device" and runtime.cache_fraction is None
         for fraction in (None, _SMALL_CACHE) if left_open else (runtime.cache_fraction,):
             for placement in by[: runtime.workers]:

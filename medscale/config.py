@@ -260,8 +260,8 @@ class TrainSection:
     patience: int | None = key(None, "stop after this many validations without a better MRR; default: never", minimum=1)
     validation_lag: int = key(
         0,
-        "steps after a validation at which its result counts (best step, patience); training goes on until then, which "
-        "runtime.evaluators use to rank meanwhile",
+        "steps after a validation at which its result counts (best step, patience), the next validation at the latest; "
+        "training goes on until then, which runtime.evaluators use to rank meanwhile",
         minimum=0,
     )
     watch_dim: int | None = key(None, "dim whose validation MRR decides; default: the mean over all", minimum=1)

@@ -7,6 +7,7 @@ Writes into the run directory: `evaluation.json` (the records, see `ranking.reco
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -78,7 +79,10 @@ def evaluate(
 
 def _rank(job: Job, graph: Graph, tables: Tables, triples: NDArray[np.int64], split: str) -> Ranks:
     """Rank int64 [T, 3] triples, among as many parts of the entities in turn as workers held the table."""
-    device, dims, parts = choose_device(job.runtime), tables.layout.dims, job.runtime.workers
+    dims, parts = tables.layout.dims, job.runtime.workers
+    # The driver of several workers may run where there is no GPU.
+    runtime = dataclasses.replace(job.runtime, device="auto") if parts > 1 else job.runtime
+    device = choose_device(runtime)
     choose_threads(job.runtime)
     known, mentioned = KnownTriples.of_graph(graph, about=triples), np.unique(triples[:, [0, 2]])
     halves_2nT = np.zeros((2, len(dims), len(triples)), dtype=np.int64)

@@ -1,7 +1,7 @@
 """Evaluator actors: Ray processes that rank validation triples with committed steps while training goes on.
 
-Each counts its part of the entities, so together they hold one entity table, whatever it needs, and their counts add up
-to exactly the ranks that one process finds.
+Each counts its part of the entities, on CPUs, so together they hold one entity table, and one block each while they
+read it; their counts add up to exactly the ranks that one process finds.
 """
 
 from pathlib import Path
@@ -23,6 +23,10 @@ from medscale.validation import count_committed
 __all__ = ["RayEvaluators", "start_evaluators"]
 
 
+#: how often one that dies is started anew
+MAX_RESTARTS = 10
+
+
 class Evaluator:
     """One process that counts a part of the entities."""
 
@@ -42,7 +46,9 @@ class Evaluator:
 def start_evaluators(job: Job, graph: Graph, run_directory: Path) -> list[Any]:
     """Start the job's evaluators, and return their handles; each is started anew when it dies."""
     # They reserve no core, as readers do not.
-    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(Evaluator)
+    actor: Any = ray.remote(
+        num_cpus=0, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, scheduling_strategy="SPREAD"
+    )(Evaluator)
     places = graph.directory.resolve(), run_directory.resolve()
     return [actor.remote(dump_job(job), *places, part) for part in range(job.runtime.evaluators)]
 
@@ -59,6 +65,11 @@ class RayEvaluators:
         """Rank the validation triples with a committed step; beginning the same one again does nothing."""
         if step != self._step:
             self._step, self._counting = step, [actor.count.remote(step) for actor in self._actors]
+
+    def done(self, seconds: float) -> bool:
+        """Wait so long for what was begun; tell whether it has ended, well or not."""
+        _, running = ray.wait(self._counting, num_returns=len(self._counting), timeout=seconds)
+        return not running
 
     def counted(self) -> NDArray[np.int64]:
         """Wait for what was begun; return the halves of ranks among all entities, int64 [2, n, T].

@@ -9,7 +9,9 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -72,7 +74,7 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
             ),
         )  # fmt: skip
         try:
-            ending = trainer.fit().return_value
+            ending = _fitted(trainer).return_value
         except ray.train.TrainingFailedError as cause:
             raise WorkerError(
                 f"workers failed {MAX_FAILURES + 1} times: {_last_line(cause)}; run the same command again to go on "
@@ -83,6 +85,20 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
     if "error" in ending:
         raise getattr(errors, ending["error"])(ending["message"])
     return Outcome[ending["outcome"]], signals[0] if signals else ending["signal"]
+
+
+def _fitted(trainer: TorchTrainer) -> Any:
+    """Run the trainer in a thread: in the main one Ray would take Ctrl-C for itself, and end the run unsaved."""
+    ended: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(trainer.fit())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return ended.result()
 
 
 def _work(settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ the number of workers that would do are searched for by the same counts.
 """
 
 import argparse
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--num-entities, --num-relations and --num-triples go together, each at least 1")
     positive = ("workers", "memory_gib", "host_memory_gib", "batch_size", *(f.name for f in fields(Speeds)))
     for name in positive:
-        if (value := getattr(arguments, name)) is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+        if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, and finite")
     return run_command(lambda: _main(arguments))
 
 

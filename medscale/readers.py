@@ -25,6 +25,10 @@ __all__ = ["feed_of", "start_readers"]
 _ATTEMPTS = 5
 
 
+#: how often one that dies is started anew
+MAX_RESTARTS = 10
+
+
 class Reader:
     """One process that reads; the last partitions it still has, for the other workers that ask."""
 
@@ -50,7 +54,9 @@ class Reader:
 def start_readers(job: Job, graph: Graph) -> list[Any]:
     """Start the job's readers, and return their handles; each is started anew when it dies."""
     # They reserve no core: a cluster has its workers' cores, and readers work in the gaps.
-    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(Reader)
+    actor: Any = ray.remote(
+        num_cpus=0, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, scheduling_strategy="SPREAD"
+    )(Reader)
     return [actor.remote(graph.directory.resolve(), job.seed, number, kept=3) for number in range(job.runtime.readers)]
 
 

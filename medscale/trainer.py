@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medscale import errors
 from medscale.batches.corruption import CorruptionBatch, CorruptionBatches
 from medscale.batches.partitions import Feed, PartitionReader
 from medscale.batches.queries import QueryBatch, QueryBatches, query_table
@@ -38,7 +39,7 @@ from medscale.checkpoint import (
 )
 from medscale.config import DISTANCES, Job
 from medscale.distributed import choose_threads
-from medscale.errors import CheckpointError, GraphError
+from medscale.errors import CheckpointError, GraphError, MedscaleError
 from medscale.finite import require_finite_gradients, require_finite_terms
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
@@ -58,6 +59,10 @@ from medscale.validation import Evaluators, Validation, count_committed, mrr_by_
 from medscale.workers import ALONE, Workers
 
 __all__ = ["Outcome", "Progress", "Trainer", "batches_of", "initial_scale", "train_worker"]
+
+
+#: seconds that evaluators are waited for at a time
+_PATIENCE_S = 2.0
 
 
 class Outcome(enum.Enum):
@@ -181,6 +186,7 @@ class Trainer:
                     run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1), **spent})
                     clock, trained = time.monotonic(), 0.0
                 if self._validation_due():
+                    self._settle(run_log, display, now=True)
                     self._validate()
                     clock, trained = time.monotonic(), 0.0
                 self._settle(run_log, display)
@@ -260,15 +266,15 @@ class Trainer:
             self.progress.waiting = {"step": step, "mrr": None}
             self.save()
 
-    def _settle(self, run_log: RunLog, display: Display) -> None:
-        """Let the waiting validation's result count, once its step has come; wait for evaluators if need be."""
+    def _settle(self, run_log: RunLog, display: Display, *, now: bool = False) -> None:
+        """Let the waiting validation's result count, if its step has come, or `now`; wait for evaluators if need be."""
         progress, waiting = self.progress, self.progress.waiting
         if waiting is None:
             return
         step, mrr = waiting["step"], waiting["mrr"]
         if mrr is None and self.evaluators is not None and self.workers.leads:
             self.evaluators.begin(step)
-        if progress.step < min(step + self.job.train.validation_lag, self.total_steps):
+        if not now and progress.step < min(step + self.job.train.validation_lag, self.total_steps):
             return
         start = time.monotonic()
         if mrr is None:
@@ -291,6 +297,11 @@ class Trainer:
     def _evaluated(self, step: int) -> dict[str, float]:
         """Return the MRR that evaluators find for a committed step; without them the leader ranks with it."""
         mrr, failure = None, None
+        # All wait together, a little at a time: ranking may take longer than a worker is waited for.
+        while not self.workers.told(
+            self.evaluators is None or (self.workers.leads and self.evaluators.done(_PATIENCE_S))
+        ):
+            pass
         if self.workers.leads:
             try:
                 if self.evaluators is None:
@@ -298,11 +309,12 @@ class Trainer:
                 else:
                     halves_2nT = self.evaluators.counted()
                 mrr = mrr_by_dim(self.layout.dims, halves_2nT)
-            except CheckpointError as cause:
-                failure = str(cause)
+            except MedscaleError as cause:
+                failure = [type(cause).__name__, str(cause)]
         mrr, failure = self.workers.told([mrr, failure])
         if failure is not None:
-            raise CheckpointError(failure)
+            name, message = failure
+            raise getattr(errors, name)(message)
         return mrr  # type: ignore[no-any-return]
 
     def _told(self, step: int, mrr: Mapping[str, float], seconds: float) -> tuple[str, str]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from medscale.checkpoint import committed_directory, open_tables
 from medscale.config import Job
-from medscale.distributed import choose_device
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
 from medscale.model.layout import Layout
@@ -30,6 +29,9 @@ class Evaluators(Protocol):
 
     def begin(self, step: int) -> None:
         """Rank the validation triples with a committed step; beginning the same one again does nothing."""
+
+    def done(self, seconds: float) -> bool:
+        """Wait so long for what was begun; tell whether it has ended, well or not."""
 
     def counted(self) -> NDArray[np.int64]:
         """Wait for what was begun; return the halves of ranks among all entities, int64 [2, n, T]."""
@@ -79,7 +81,8 @@ def count_committed(
 
     """
     triples = validation_triples(job, graph)
-    tables, device = open_tables(committed_directory(run_directory, step)), choose_device(job.runtime)
+    # On a CPU: the GPUs are the trainers'.
+    tables, device = open_tables(committed_directory(run_directory, step)), torch.device("cpu")
     rows = tables.shard(Workers(shard, shards).share(tables.layout.num_entities), np.unique(triples[:, [0, 2]]))
     return count_halves(
         triples, rows.to(device), tables.relation_table.to(device), tables.layout,

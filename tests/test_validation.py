@@ -74,6 +74,16 @@ def test_a_result_that_counts_later_stops_later_and_survives_a_restart(toy_graph
     assert records(tmp_path / "lag4") == records(tmp_path / "lag0"), "each validation is told once"
 
 
+@pytest.mark.parametrize(("epochs", "every", "lag"), [(4, 1, 6), (4, 1, 50), (5, 2, 8)])
+def test_a_result_counts_at_the_next_validation_at_the_latest(
+    toy_graph: Graph, tmp_path: Path, epochs: int, every: int, lag: int
+) -> None:
+    for name, steps in (("late", lag), ("at-once", 0)):
+        train_keys = {"epochs": epochs, "validate_every": every, "validation_lag": steps}
+        train(toy_job("transe", train=train_keys, runtime={"threads": 1}), toy_graph, tmp_path / name)
+    assert records(tmp_path / "late") == records(tmp_path / "at-once")
+
+
 def test_the_best_step_is_known_though_its_result_came_after_the_last_commit(toy_graph: Graph, tmp_path: Path) -> None:
     job = toy_job("transe", train={"epochs": 6, "validate_every": 1, "validation_lag": 5}, runtime={"threads": 1})
     train(job, toy_graph, tmp_path)
