@@ -31,7 +31,7 @@ from medscale.model.prefix import SLICE_NUMBERS
 from medscale.sharding import FLOAT, shares_of
 from medscale.traffic import INT
 
-__all__ = ["MIB", "GraphSize", "Memory", "StepSize", "memory_of", "state_numbers", "step_size"]
+__all__ = ["MIB", "GraphSize", "Memory", "StepSize", "beside_workers", "memory_of", "state_numbers", "step_size"]
 
 MIB = 2**20
 #: resident memory of a process that has imported torch, TorchRec and FBGEMM, pyarrow and DuckDB (measured: 505-560)
@@ -112,6 +112,23 @@ def memory_of(job: Job, size: GraphSize, layout: Layout, placement: Placement, *
     else:
         host |= tables
     return Memory(_taken(host), _taken(device))
+
+
+def beside_workers(job: Job, layout: Layout) -> Mapping[str, int]:
+    """Return what each reader and each evaluator holds, wherever it runs.
+
+    A reader has a few partitions, some shared with those that asked for them; an evaluator its part of the entities,
+    and a block as a whole while it reads it.
+    """
+    runtime, row = job.runtime, FLOAT * layout.num_entities
+    held = {}
+    if runtime.readers:
+        held["a reader"] = _LIBRARIES // 2 + (2 * 3 + 7) * INT * PART_ROWS
+    if runtime.evaluators:
+        columns = sum(block.width for block in layout.blocks)
+        widest = max(block.width for block in layout.blocks)
+        held["an evaluator"] = _LIBRARIES + row * columns // runtime.evaluators + row * widest
+    return held
 
 
 def state_numbers(job: Job, columns: int, blocks: int) -> int:

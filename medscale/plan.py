@@ -27,7 +27,7 @@ from medscale.graph.synthetic import RELATIONS, kind_sizes
 from medscale.jobfile import load_job
 from medscale.location import Location
 from medscale.logs import console
-from medscale.memory import MIB, GraphSize, Memory, memory_of, state_numbers, step_size
+from medscale.memory import MIB, GraphSize, Memory, beside_workers, memory_of, state_numbers, step_size
 from medscale.model.embedding import Placement
 from medscale.model.layout import Layout, layout_of
 from medscale.options import job_parser, run_command
@@ -272,6 +272,8 @@ def _print(job: Job, size: GraphSize, predicted: Plan, runs_directory: Path, lim
     if predicted.memory.device:
         out.print(_memory_table(f"GPU memory{each}", predicted.memory.device, limits.device))
     out.print(_memory_table(f"memory{each}", predicted.memory.host, limits.host))
+    for who, held in beside_workers(job, layout_of(job.model, size.num_entities, size.num_relations)).items():
+        out.print(f"beside the workers, {who} holds about {held / MIB:,.0f} MiB wherever Ray starts it")
     if job.runtime.workers > 1:
         sent = Table(title="sent over the network by the worker that sends most")
         sent.add_column("what")

@@ -209,7 +209,8 @@ def section() -> str:
         *table("entities | triples | triples/s | cost | GiB | MiB grown | s per epoch", growing()),
         "",
         f"**The full size, stage by stage** (`skg_run`): the same job on {full['entities']:,} entities and 50,759,689 "
-        "triples, one worker.",
+        "triples, one worker. Other programs used both cores meanwhile, so its speed is not the machine's "
+        "(undisturbed: the table above); memory is.",
         "",
         *table("stage | what | seconds | GiB", whole_run()),
         "",
