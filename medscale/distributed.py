@@ -13,7 +13,7 @@ from medscale.config import RuntimeSection
 from medscale.errors import UnsupportedError
 from medscale.workers import ALONE, Workers
 
-__all__ = ["choose_device", "choose_threads", "process_group"]
+__all__ = ["choose_device", "choose_threads", "give_back_freed_memory", "process_group"]
 
 #: mallopt parameters of glibc
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -46,12 +46,20 @@ def _keep_freed_memory() -> None:
 
     Every step needs the same big tensors, and fresh pages for each cost more than the arithmetic on them.
     """
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Return to the kernel what glibc keeps, where it grows.
+
+    Several workers exchange tensors of sizes that change with every step, in threads of the process group's own: what
+    was freed no longer fits, and a worker would grow by half in a hundred steps.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

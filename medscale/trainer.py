@@ -38,7 +38,7 @@ from medscale.checkpoint import (
     write_best,
 )
 from medscale.config import DISTANCES, Job
-from medscale.distributed import choose_threads
+from medscale.distributed import choose_threads, give_back_freed_memory
 from medscale.errors import CheckpointError, GraphError, MedscaleError
 from medscale.finite import require_finite_gradients, require_finite_terms
 from medscale.graph.known_triples import KnownTriples
@@ -184,6 +184,8 @@ class Trainer:
                 if logged:
                     spent = self._spent(len(batch.entities_U), collectives)
                     run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1), **spent})
+                    if self.workers.size > 1:
+                        give_back_freed_memory()
                     clock, trained = time.monotonic(), 0.0
                 if self._validation_due():
                     self._settle(run_log, display, now=True)

@@ -9,7 +9,7 @@ gives two workers the one's batch, `weak` a batch twice as large. Figures come f
 calls are timed: `collective_ms` by kind, those that overlap counted once in `together`, waiting for the other worker
 included; `communication` is their share of a step. `mib_per_step` is what the worker that sends most sends in a step,
 counted from the rows that its batches look up, beside the plan's `planned_mib_per_step`. `peak_mib` is the larger
-worker's peak memory while it trains, beside the plan's `planned_mib`.
+worker's peak memory while it trains, beside the plan's `planned_mib` (without ranking, which comes later).
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def record_of(name: str, job: Job, graph: Graph, graphs: Path) -> Record:
         "mib_per_step": round(sent_mib(job, graph), 3),
         "planned_mib_per_step": round(predicted.traffic.total / MIB, 3),
         "peak_mib": max(max(record["peak_memory_mib"].values()) for record in told),
-        "planned_mib": round(sum(predicted.memory.host.values()) / MIB, 1),
+        "planned_mib": round(sum(v for part, v in predicted.memory.host.items() if part != "ranking") / MIB, 1),
     }  # fmt: skip
 
 
