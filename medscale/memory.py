@@ -10,7 +10,8 @@ and trains on b of the batch's positives or queries. Numbers are float32 (4 byte
                                 shuffled; 168 per training triple with softmax; 72 per known triple that is filtered
                                 out of negatives or ranks
     batch                       4 (3 U + 8 b) C with the fused kernels, and the scores that a loss keeps
-    rows sent and received      8 W U C_w: what a worker looks up for all W, and the gradients of that
+    rows sent and received      48 W U C_w: what a worker looks up for all W, and the gradients of that, in the six
+                                copies that were measured over gloo
     saving and exporting        four copies of 64 MiB of a table, or of what it has
 
 On a GPU with uvm_caching, tables and state lie in the host's memory; the GPU holds f E_w T_w rows as wide as the
@@ -38,6 +39,8 @@ MIB = 2**20
 _LIBRARIES = 560 * MIB
 #: what a process of Ray Train has beside that
 _RAY = 200 * MIB
+#: of rows on their way between workers: TorchRec's, autograd's and the process group's, measured over gloo
+_COPIES = 6
 #: what CUDA and NCCL take of a GPU: assumed
 _CUDA = 2048 * MIB
 
@@ -93,7 +96,7 @@ def memory_of(job: Job, size: GraphSize, layout: Layout, placement: Placement, *
         "ranking": min(workers, 2) * _ranking_bytes(job, size, layout) if workers == 1 or validates else 0,
     }
     if workers > 1:
-        computing["rows sent and received"] = 2 * FLOAT * workers * step.rows * share.columns
+        computing["rows sent and received"] = 2 * _COPIES * FLOAT * workers * step.rows * share.columns
     host = {
         "libraries": _LIBRARIES + (_RAY if workers > 1 else 0),
         "graph": _graph_bytes(job, size, ranks=workers == 1 or validates),
