@@ -178,6 +178,7 @@ def test_a_worker_that_dies_is_replaced_and_the_run_ends_as_ever(folder: Path, f
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_killed_driver_is_submitted_again_and_a_signal_saves(folder: Path) -> None:
     job = write_job(folder, 2)
     log = folder / "signals" / "ring" / "metrics.jsonl"
