@@ -42,7 +42,6 @@ _ADVICE = {
     "optimizer state": "Use optimizer.kind rowwise_adagrad, or smaller model.dims",
     "cached rows": "Lower runtime.cache_fraction, or use more workers",
     "rows sent and received": "Use more workers with placement table_wise, or a smaller train.batch_size",
-    "a block to be saved": "Cut narrower blocks with model.block_units, or use more workers",
     "entity tables": "Use smaller model.dims, more workers, or more memory (runtime.memory_gib)",
 }
 

@@ -57,12 +57,12 @@ __all__ = [
     "layout_from_facts",
     "load",
     "newest_checkpoint",
+    "note_best",
     "open_tables",
     "retain",
     "save",
     "step_of",
     "verify",
-    "write_best",
 ]
 
 FORMAT = 1
@@ -335,9 +335,12 @@ def retain(run_directory: Path, keep: int, needed: Collection[int | None]) -> No
             log(f"warning: {directory} could not be deleted ({cause}); it stays")
 
 
-def write_best(run_directory: Path, step: int, mrr: float) -> None:
-    """Note the best step so far; it may be known only after later steps were committed."""
-    write_json(run_directory / _BEST, {"step": step, "valid_mrr": mrr})
+def note_best(run_directory: Path, step: int | None, mrr: float | None) -> None:
+    """Note the best step so far, or that there is none; it may be known only after later steps were committed."""
+    if step is None:
+        (run_directory / _BEST).unlink(missing_ok=True)
+    else:
+        write_json(run_directory / _BEST, {"step": step, "valid_mrr": mrr})
 
 
 def newest_checkpoint(run_directory: Path, step: int | None = None) -> Path:
@@ -352,7 +355,7 @@ def newest_checkpoint(run_directory: Path, step: int | None = None) -> Path:
         raise CheckpointError(f"{run_directory} holds no committed checkpoint; train the job first")
     if step is not None and step not in steps:
         raise CheckpointError(f"{run_directory} has no step {step}; it has {', '.join(p.name for p in steps.values())}")
-    # A best step that is gone was set aside with all later ones.
+    # A best step that is gone was set aside, and the run has not gone on since.
     best = _best_step(run_directory)
     return steps[step if step is not None else best if best in steps else max(steps)]
 
@@ -502,11 +505,10 @@ def layout_from_facts(facts: Mapping[str, Any]) -> Layout:
 MUTABLE_KEYS = frozenset({
     "train.epochs", "train.patience", "train.log_every", "train.validate_every", "train.valid_triples",
     "train.watch_dim", "train.validation_lag", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume",
-    "evaluate.split",
-    "evaluate.max_triples", "evaluate.memory_mib", "runtime.device", "runtime.threads", "runtime.memory_gib",
-    "runtime.kernels", "runtime.workers", "runtime.readers", "runtime.evaluators", "runtime.table_memory",
-    "runtime.cache_fraction",
-    "runtime.placement", "runtime.timeout_s", "graph.memory_mib", "graph.tasks",
+    "evaluate.split", "evaluate.max_triples", "evaluate.memory_mib", "runtime.device", "runtime.threads",
+    "runtime.memory_gib", "runtime.kernels", "runtime.workers", "runtime.readers", "runtime.evaluators",
+    "runtime.table_memory", "runtime.cache_fraction", "runtime.placement", "runtime.timeout_s", "graph.memory_mib",
+    "graph.tasks",
 })  # fmt: skip
 
 

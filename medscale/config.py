@@ -337,7 +337,10 @@ class RuntimeSection:
         "faster; `torch` by plain torch, which needs no C++ compiler",
     )
     memory_gib: float | None = key(
-        None, "memory that each worker may count on, on `cuda` that of its GPU; default: what is free", above=0
+        None,
+        "memory that each worker may count on, on `cuda` that of its GPU; default: what is free on the machine that "
+        "starts the run, in equal parts, so a cluster of several machines without GPUs needs it said",
+        above=0,
     )
 
 

@@ -32,10 +32,10 @@ from medscale.checkpoint import (
     find_resumable,
     layout_facts,
     load,
+    note_best,
     retain,
     save,
     step_of,
-    write_best,
 )
 from medscale.config import DISTANCES, Job
 from medscale.distributed import choose_threads, give_back_freed_memory
@@ -156,6 +156,9 @@ class Trainer:
         if best is not None and best not in map(step_of, committed_steps(self.run_directory)):
             # The best step was retired after this one was saved, and this run then went back to it.
             self.progress.best_mrr = self.progress.best_step = None
+        if self.workers.leads:
+            # Steps after this one may have been better, and are gone or will come again.
+            note_best(self.run_directory, self.progress.best_step, self.progress.best_mrr)
 
     # -- the loop -----------------------------------------------------------------------------------------
 
@@ -288,7 +291,7 @@ class Trainer:
         if progress.best_mrr is None or watched > progress.best_mrr:
             progress.best_mrr, progress.best_step, progress.stale = watched, step, 0
             if self.workers.leads:
-                write_best(self.run_directory, step, watched)
+                note_best(self.run_directory, step, watched)
         else:
             progress.stale += 1
         epoch = step // self.batches.steps_per_epoch
@@ -297,20 +300,18 @@ class Trainer:
         display.validated(*self._told(step, mrr, seconds))
 
     def _evaluated(self, step: int) -> dict[str, float]:
-        """Return the MRR that evaluators find for a committed step; without them the leader ranks with it."""
-        mrr, failure = None, None
+        """Return the MRR that evaluators find for a committed step; without them the workers rank with it."""
+        if self.evaluators is None:
+            parts = self.workers.rank, self.workers.size
+            counted = torch.from_numpy(count_committed(self.job, self.graph, self.run_directory, step, *parts))
+            return mrr_by_dim(self.layout.dims, self.workers.sum(counted.to(self.device)).cpu().numpy())
         # All wait together, a little at a time: ranking may take longer than a worker is waited for.
-        while not self.workers.told(
-            self.evaluators is None or (self.workers.leads and self.evaluators.done(_PATIENCE_S))
-        ):
+        while not self.workers.told(self.workers.leads and self.evaluators.done(_PATIENCE_S)):
             pass
+        mrr, failure = None, None
         if self.workers.leads:
             try:
-                if self.evaluators is None:
-                    halves_2nT = count_committed(self.job, self.graph, self.run_directory, step)
-                else:
-                    halves_2nT = self.evaluators.counted()
-                mrr = mrr_by_dim(self.layout.dims, halves_2nT)
+                mrr = mrr_by_dim(self.layout.dims, self.evaluators.counted())
             except MedscaleError as cause:
                 failure = [type(cause).__name__, str(cause)]
         mrr, failure = self.workers.told([mrr, failure])

@@ -81,11 +81,11 @@ def count_committed(
 
     """
     triples = validation_triples(job, graph)
-    # On a CPU: the GPUs are the trainers'.
-    tables, device = open_tables(committed_directory(run_directory, step)), torch.device("cpu")
+    tables = open_tables(committed_directory(run_directory, step))
+    # On a CPU, as they come: the GPUs are the trainers'.
     rows = tables.shard(Workers(shard, shards).share(tables.layout.num_entities), np.unique(triples[:, [0, 2]]))
     return count_halves(
-        triples, rows.to(device), tables.relation_table.to(device), tables.layout,
+        triples, rows, tables.relation_table, tables.layout,
         KnownTriples.of_graph(graph, about=triples), memory_mib=job.evaluate.memory_mib, kernels=job.runtime.kernels,
     )  # fmt: skip
 

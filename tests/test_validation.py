@@ -5,15 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from toy import SCORERS, toy_job
 
-from medscale.checkpoint import committed_steps, newest_checkpoint, open_tables, step_of
+from medscale.checkpoint import committed_steps, find_resumable, newest_checkpoint, open_tables, step_of
+from medscale.distributed import process_group
 from medscale.errors import CheckpointError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
 from medscale.ranking import Ranks, count_halves
+from medscale.storage import write_json
 from medscale.train import train
-from medscale.trainer import Outcome
+from medscale.trainer import Outcome, Trainer
 from medscale.validation import count_committed, mrr_by_dim, validation_triples
 
 
@@ -93,3 +96,37 @@ def test_the_best_step_is_known_though_its_result_came_after_the_last_commit(toy
     (tmp_path / "best.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"best\.json cannot be read"):
         newest_checkpoint(tmp_path)
+
+
+def test_a_run_that_goes_back_forgets_what_was_best_after(toy_graph: Graph, tmp_path: Path) -> None:
+    """The newest step, which was the best, is damaged and set aside; the best before it is exported again."""
+    keys = {"epochs": 6, "validate_every": 2}
+    job = toy_job("transe", train=keys, checkpoint={"every_steps": 100, "keep": 3}, runtime={"threads": 1})
+    train(job, toy_graph, tmp_path)
+    mrr = {r["step"]: np.mean(list(r["mrr"].values())) for r in records(tmp_path)}  # type: ignore[attr-defined]
+    assert sorted(mrr) == [12, 24, 36]
+    earlier = max((12, 24), key=lambda step: mrr[step])
+    write_json(tmp_path / "best.json", {"step": 36, "valid_mrr": 1.0})
+    with process_group(torch.device("cpu")):
+        trainer = Trainer(job, toy_graph, tmp_path, torch.device("cpu"))
+        checkpoint = find_resumable(tmp_path, "previous")
+        assert checkpoint is not None
+        assert checkpoint.step == 24
+        trainer.resume(checkpoint)
+    assert json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))["step"] == earlier
+    assert step_of(newest_checkpoint(tmp_path)) == earlier
+
+
+def test_a_validation_begun_for_evaluators_is_ended_without_them(toy_graph: Graph, tmp_path: Path) -> None:
+    """The job had evaluators when it stopped, and has none when it goes on."""
+    job = toy_job("transe", train={"epochs": 2, "validate_every": 1}, runtime={"threads": 1})
+    train(job, toy_graph, tmp_path / "alone")
+    with process_group(torch.device("cpu")):
+        trainer = Trainer(job, toy_graph, tmp_path / "other", torch.device("cpu"))
+        trainer.initialise()
+        for step in range(6):
+            trainer.train_step(trainer.batches.batch(step))
+        trainer.progress.waiting = {"step": 6, "mrr": None}
+        trainer.save()
+    train(job, toy_graph, tmp_path / "other")
+    assert records(tmp_path / "other") == records(tmp_path / "alone")
