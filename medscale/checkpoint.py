@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from medscale.logs import log
 from medscale.manifest import Manifest, parse_json, read_manifest, verify_files, write_manifest
 from medscale.model.embedding import TableRows
 from medscale.model.layout import Block, Layout, layout_of
+from medscale.pieces import StoredRows
 from medscale.storage import (
     TMP,
     commit_directory,
@@ -371,17 +372,19 @@ def _best_step(run_directory: Path) -> int | None:
 
 
 class Tables:
-    """The tables of a checkpoint, read without a process group, block by block as they are asked for."""
+    """The tables of a checkpoint, read without a process group, as they are asked for. It may be pickled."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.facts = checkpoint.facts
         self.layout: Layout = layout_from_facts(checkpoint.facts)
-        self._blocks: dict[str, Tensor] = {}
+
+    def __reduce__(self) -> tuple[type["Tables"], tuple[Checkpoint]]:
+        return Tables, (self.checkpoint,)
 
     def rows(self) -> TableRows:
         """Return the whole entity table."""
-        return TableRows([self._block(b) for b in self.layout.blocks], self.layout.num_columns)
+        return TableRows([self._read(b) for b in self.layout.blocks], self.layout.num_columns)
 
     @cached_property
     def relation_table(self) -> Tensor:
@@ -392,42 +395,54 @@ class Tables:
         return table
 
     def shard(self, part: slice, others: NDArray[np.int64]) -> "ShardRows":
-        """Return the rows of a part of the entities, and single ones of others by id (sorted).
-
-        One block as a whole is in memory beside them, and none stays.
-        """
-        parts, single = [], []
-        for block in self.layout.blocks:
-            rows = self._read(block)
-            whole = len(range(*part.indices(len(rows)))) == len(rows)
-            parts.append(rows if whole else rows[part].clone())
-            single.append(rows[torch.from_numpy(others)])
-        num_columns = self.layout.num_columns
-        return ShardRows(
-            TableRows(parts, num_columns), part.start, torch.from_numpy(others), torch.cat(single, 1)[:, :num_columns]
-        )
+        """Return the rows of a part of the entities, and single ones of others by id (sorted)."""
+        start, stop, _ = part.indices(self.layout.num_entities)
+        parts = [torch.from_numpy(self._stored.read(_key(b), start, stop)) for b in self.layout.blocks]
+        single = torch.from_numpy(self.entity_rows(others, self.layout.num_columns))
+        return ShardRows(TableRows(parts, self.layout.num_columns), start, torch.from_numpy(others), single)
 
     def entity_columns(self, start: int, stop: int, num_columns: int) -> NDArray[np.float32]:
-        """Return the first `num_columns` columns of rows start .. stop - 1; reads only the blocks that hold them."""
-        needed = [b for b in self.layout.blocks if b.start < num_columns]
-        parts = [self._block(b)[start:stop] for b in needed]
-        columns: NDArray[np.float32] = torch.cat(parts, 1)[:, :num_columns].contiguous().numpy()
-        return columns
+        """Return the first columns of rows [start, stop), float32[stop - start, num_columns]; threads may ask at once.
+
+        Raises:
+            CheckpointError: the step went away meanwhile.
+
+        """
+        return self._columns(lambda table: self._stored.read(table, start, stop), stop - start, num_columns)
+
+    def entity_rows(self, entities: NDArray[np.int64], num_columns: int) -> NDArray[np.float32]:
+        """Return the first columns of rows by id (rising), float32[len(entities), num_columns], as `entity_columns`."""
+        return self._columns(lambda table: self._stored.pick(table, entities), len(entities), num_columns)
 
     def relations(self, num_columns: int) -> NDArray[np.float32]:
         """Return the first `num_columns` columns of the relation table."""
         columns: NDArray[np.float32] = self.relation_table[:, :num_columns].contiguous().numpy()
         return columns
 
-    def _block(self, block: Block) -> Tensor:
-        if block.name not in self._blocks:
-            self._blocks[block.name] = self._read(block)
-        return self._blocks[block.name]
+    def _columns(
+        self, rows_of: Callable[[str], NDArray[np.float32]], num_rows: int, num_columns: int
+    ) -> NDArray[np.float32]:
+        columns = np.empty((num_rows, num_columns), np.float32)
+        for block in self.layout.blocks:
+            if block.start < num_columns:
+                part = columns[:, block.start : block.start + block.width]
+                part[:] = rows_of(_key(block))[:, : part.shape[1]]
+        return columns
+
+    @cached_property
+    def _stored(self) -> StoredRows:
+        widths = {_key(block): block.width for block in self.layout.blocks}
+        return StoredRows(self.checkpoint.directory / _STATE, widths, self.layout.num_entities)
 
     def _read(self, block: Block) -> Tensor:
         rows = torch.empty(self.layout.num_entities, block.width)
         load(self.checkpoint, {"entities": {block.name: rows}}, collective=False)
         return rows
+
+
+def _key(block: Block) -> str:
+    """Return the name that DCP gives to the table of a block."""
+    return f"entities.{block.name}"
 
 
 @dataclass(frozen=True)
@@ -508,7 +523,8 @@ MUTABLE_KEYS = frozenset({
     "evaluate.split", "evaluate.max_triples", "evaluate.memory_mib", "runtime.device", "runtime.threads",
     "runtime.memory_gib", "runtime.kernels", "runtime.workers", "runtime.readers", "runtime.evaluators",
     "runtime.table_memory", "runtime.cache_fraction", "runtime.placement", "runtime.timeout_s", "graph.memory_mib",
-    "graph.tasks",
+    "graph.tasks", "export.layout", "export.precision", "export.sharding", "export.shard_rows", "export.formats",
+    "export.tasks", "export.keep",
 })  # fmt: skip
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "PRESETS",
     "CheckpointSection",
     "EvaluateSection",
+    "ExportSection",
     "GraphSection",
     "Job",
     "LossSection",
@@ -291,6 +292,36 @@ class EvaluateSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportSection:
+    """The tiers as files to ship."""
+
+    layout: Literal["full", "delta"] = key(
+        "full",
+        "`full`: each tier complete; `delta`: the smallest complete, each larger one only the columns that the one "
+        "below it lacks, so that an upgrade downloads no column twice",
+    )
+    precision: Literal["float32", "float16", "int8", "int4"] = key(
+        "float32",
+        "of the entities' numbers; int8 and int4 have a scale per row and per tier's own columns; relations stay "
+        "float32",
+    )
+    sharding: Literal["range", "hash"] = key(
+        "range", "which entities lie in a file together: ids that follow each other, or names with the same hash"
+    )
+    shard_rows: int = key(262_144, "entities per file, on average with sharding hash", minimum=1)
+    formats: tuple[Literal["parquet"], ...] = key(
+        ("parquet",), "what is written beside the numeric core for other programs; may be empty"
+    )
+    tasks: int = key(
+        1,
+        "tasks that write files together, which changes no byte of them; more than one are run by Ray, each on a core "
+        "of a node that sees the checkpoint and the run directory; one uses all cores of this machine",
+        minimum=1,
+    )
+    keep: int = key(2, "exports kept, so that medscale export --rollback has one to return to", minimum=2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeSection:
     """The machines."""
 
@@ -363,6 +394,7 @@ class Job:
     train: TrainSection = key(REQUIRED, "how long, in what portions")
     checkpoint: CheckpointSection = key(CheckpointSection(), "saving and resuming")
     evaluate: EvaluateSection = key(EvaluateSection(), "ranking")
+    export: ExportSection = key(ExportSection(), "the tiers as files")
     runtime: RuntimeSection = key(RuntimeSection(), "the machine")
 
     @property
@@ -398,7 +430,7 @@ def uses_neighbours(med: MedSection) -> bool:
 def conflicts(job: Job) -> Iterator[tuple[str, str]]:
     """Yield (key, what is wrong and what to do) for every impossible combination of keys."""
     yield from _graph_conflicts(job.graph)
-    yield from _model_conflicts(job.model)
+    yield from _model_conflicts(job.model, job.export)
     yield from _loss_conflicts(job)
     if job.train.watch_dim is not None and job.train.watch_dim not in job.model.dims:
         yield "train.watch_dim", f"{job.train.watch_dim} is not one of model.dims"
@@ -444,7 +476,7 @@ def _graph_conflicts(graph: GraphSection) -> Iterator[tuple[str, str]]:
         yield "graph.head_column", "head, relation and tail must be three different columns"
 
 
-def _model_conflicts(model: ModelSection) -> Iterator[tuple[str, str]]:
+def _model_conflicts(model: ModelSection, export: ExportSection) -> Iterator[tuple[str, str]]:
     if not model.dims:
         yield "model.dims", "is empty: name at least one dim"
         return
@@ -465,6 +497,8 @@ def _model_conflicts(model: ModelSection) -> Iterator[tuple[str, str]]:
             "model.damping",
             (f"below 1 with {len(model.dims)} sub-models wipes the first ones out; use 1, or at most 8 dims"),
         )
+    if export.layout == "delta" and len(set(model.tiers.values())) < len(model.tiers):
+        yield "export.layout", "delta needs tiers of different dims: of two equal ones, the second has nothing to add"
     if model.norm != "l1" and model.scorer != "transe":
         yield "model.norm", f"is for transe; {model.scorer} has its own"
 

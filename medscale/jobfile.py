@@ -472,6 +472,8 @@ def _stand_in(key: Key, path: str, unreadable: set[str], variant: int) -> Any:
     number = min(key.limits.get("minimum", 0) + variant + 1, key.limits.get("maximum", variant + 1))
     if typing.get_origin(key.hint) is tuple:
         items = range(variant + 1)
+        if typing.get_origin(typing.get_args(key.hint)[0]) is Literal:
+            return key.field.default
         return tuple(f"unreadable-{i}" if str in typing.get_args(key.hint) else number + i for i in items)
     if typing.get_origin(key.hint) is not None:
         return {f"unreadable-{variant}": number}
@@ -539,6 +541,8 @@ def describe(key: Key) -> str:
         words = f"a section of {', '.join(section_keys(key.hint))}"
     elif origin is Literal:
         words = "one of " + ", ".join(arguments)
+    elif origin is tuple and typing.get_origin(arguments[0]) is Literal:
+        words = f"a list out of {', '.join(typing.get_args(arguments[0]))}, or one"
     elif origin is tuple:
         words = f"a list of {_PLURALS[arguments[0]]}, or one" + limits.replace(", ", ", each ", 1)
     elif origin is not None:

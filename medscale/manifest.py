@@ -6,6 +6,7 @@ bytes are checked against the manifest (DCP and Parquet load flipped bits silent
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,10 +62,16 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def write_manifest(directory: Path, kind: str, format_version: int, facts: Mapping[str, Any]) -> Manifest:
-    """Hash every file under `directory` and write its manifest, the last file to appear there."""
+def write_manifest(
+    directory: Path, kind: str, format_version: int, facts: Mapping[str, Any], known: Mapping[str, str] | None = None
+) -> Manifest:
+    """Write the manifest of all files under `directory`, the last file to appear there.
+
+    `known` holds the SHA-256 of files that were hashed while they were written; the others are read for it.
+    """
+    known = known or {}
     files = {
-        name: {"bytes": size, "sha256": sha256_of(directory / name)}
+        name: {"bytes": size, "sha256": known.get(name) or sha256_of(directory / name)}
         for name, size in sorted(_sizes(directory).items())
         if name != MANIFEST
     }
@@ -155,7 +162,7 @@ def _sizes(directory: Location) -> dict[str, int]:
 
 
 def _hashes(paths: Sequence[Location], error: type[MedscaleError]) -> Iterator[str]:
-    """Yield the SHA-256 of each file; remote ones are streamed several at once."""
+    """Yield the SHA-256 of each file; several are read at once, remote ones more than there are cores."""
 
     def hash_of(path: Location) -> str:
         try:
@@ -163,8 +170,6 @@ def _hashes(paths: Sequence[Location], error: type[MedscaleError]) -> Iterator[s
         except (OSError, ValueError) as cause:
             raise error(f"{path} cannot be read: {cause}") from None
 
-    if all(isinstance(path, Path) for path in paths):
-        yield from map(hash_of, paths)
-    else:
-        with ThreadPoolExecutor(STREAMS) as pool:
-            yield from pool.map(hash_of, paths)
+    local = all(isinstance(path, Path) for path in paths)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if local else STREAMS) as pool:
+        yield from pool.map(hash_of, paths)

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from medscale.errors import GraphError, MedscaleError
+from medscale.config import Job
+from medscale.errors import ConfigError, GraphError, MedscaleError
+from medscale.jobfile import load_job
 from medscale.location import Location, parse_location
 
-__all__ = ["add_directories", "job_parser", "run_command"]
+__all__ = ["add_directories", "job_parser", "run_command", "run_of"]
 
 #: what the machine, not medscale, refuses: reported in one sentence, without a traceback
 _MACHINE_ERRORS = {
@@ -24,8 +26,10 @@ _MACHINE_ERRORS = {
 }
 
 
-def job_parser(verb: str, description: str) -> argparse.ArgumentParser:
+def job_parser(verb: str, description: str, *, or_run: bool = False) -> argparse.ArgumentParser:
     """Return the parser of a verb that takes a job file: `JOB` and the directories; the verb adds its own.
+
+    With `or_run` it may be a run directory instead: `run_of` tells them apart.
 
     The parsed arguments hold `job`, `data_dir` and `runs_dir`, each a `Path`, and `graphs_dir`, a `Location`.
     """
@@ -34,9 +38,28 @@ def job_parser(verb: str, description: str) -> argparse.ArgumentParser:
         description=description,
         epilog="Job files are explained in jobs/README.md.",
     )
-    parser.add_argument("job", metavar="JOB", type=Path, help="the job file, such as jobs/quickstart.yaml")
+    text = "the job file, such as jobs/quickstart.yaml"
+    if or_run:
+        parser.add_argument("job", metavar="JOB_OR_RUN", type=Path, help=f"{text}, or the run's directory")
+    else:
+        parser.add_argument("job", metavar="JOB", type=Path, help=text)
     add_directories(parser)
     return parser
+
+
+def run_of(path: Path, runs_dir: Path) -> tuple[Job, Path]:
+    """Return the job and the run directory that a path names: a job file, or a run directory, which holds `job.yaml`.
+
+    Raises:
+        ConfigError: neither, or the job file is wrong.
+
+    """
+    if not path.is_dir():
+        job = load_job(path)
+        return job, runs_dir / job.name
+    if not (path / "job.yaml").is_file():
+        raise ConfigError([f"{path} holds no job.yaml: it is not a run directory, such as {runs_dir / 'NAME'}"])
+    return load_job(path / "job.yaml"), path
 
 
 def add_directories(parser: argparse.ArgumentParser) -> None:

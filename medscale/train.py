@@ -76,7 +76,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if graph.num_triples[job.evaluate.split]:
         print_table(*evaluate(job, graph, run_directory))
     gc.collect()
-    export_run(job, runs_dir=arguments.runs_dir, graphs_dir=arguments.graphs_dir)
+    export_run(job, run_directory, graphs_dir=arguments.graphs_dir)
     log(f"tiers are in {run_directory / 'export'}")
     return 0
 

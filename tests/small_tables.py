@@ -2,13 +2,16 @@
 
 import cmath
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from medscale.split import ModelFacts, WrittenTier, write_export
+from medscale.config import ExportSection
+from medscale.split import CHUNK_BYTES, EntityTypes, Extra, ModelFacts, WrittenTier, write_export
 
 #: every scorer with its norm
 SCORERS = [
@@ -37,6 +40,11 @@ class MemoryTables:
         self.largest_read = max(self.largest_read, rows.nbytes)
         return rows
 
+    def entity_rows(self, entities: np.ndarray, num_columns: int) -> np.ndarray:
+        rows = self.entities[entities, :num_columns]
+        self.largest_read = max(self.largest_read, rows.nbytes)
+        return rows
+
     def relations(self, num_columns: int) -> np.ndarray:
         return self.relation_rows[:, :num_columns]
 
@@ -60,13 +68,34 @@ def model_facts(scorer: str = "transe", norm: str = "l1", **changes: object) -> 
 
 
 def export(
-    directory: Path, facts: ModelFacts, tables: MemoryTables, tiers: dict[str, int], **sizes: int
+    directory: Path,
+    facts: ModelFacts,
+    tables: MemoryTables,
+    tiers: dict[str, int],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    threads: int | None = None,
+    base: Path | None = None,
+    extras: Sequence[Extra] = (),
+    types: EntityTypes | None = None,
+    **section: Any,
 ) -> tuple[WrittenTier, ...]:
     """Export tables whose entities are named e0, e1, ... and whose relations are named r0, r1, ..."""
     num_relations = len(tables.relation_rows) // (2 if facts.reciprocal else 1)
-    entity_names = pa.array([f"e{i}" for i in range(len(tables.entities))])
-    relation_names = pa.array([f"r{i}" for i in range(num_relations)])
-    return write_export(tables, entity_names, relation_names, facts, tiers, directory, **sizes)
+    return write_export(
+        tables,
+        pa.array([f"e{i}" for i in range(len(tables.entities))]),
+        pa.array([f"r{i}" for i in range(num_relations)]),
+        facts,
+        tiers,
+        directory,
+        ExportSection(**section),
+        chunk_bytes=chunk_bytes,
+        threads=threads,
+        base=base,
+        extras=extras,
+        entity_types=types,
+    )
 
 
 def plain_score(

@@ -19,7 +19,8 @@ LAYERS = (
     ("model",),
     ("loss", "objective"),
     ("distributed", "sharding", "traffic", "optimizer"),
-    ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
+    ("pieces", "checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
+    ("namehash", "tierfiles", "shardfiles", "versions"),
     ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "report"),
     ("launch", "readers", "evaluators", "train", "export", "cli"),
 )

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from medscale.errors import GraphError
 from medscale.graph.schema import (
@@ -126,6 +127,28 @@ class Graph:
         if len(entities) and not 0 <= entities.min() <= entities.max() < self.num_entities:
             raise GraphError(f"{self.directory / ENTITY_TYPES} names an entity out of range; prepare the graph anew")
         return table
+
+    def first_types(self) -> tuple[tuple[str, ...], npt.NDArray[np.int32]] | None:
+        """Return the types' names, sorted, and each entity's, int32 [num_entities]; None: there are none.
+
+        A type is a place among the names, or -1. Of an entity's types the first by name counts.
+
+        Raises:
+            GraphError: a file is damaged, or names an entity out of range.
+
+        """
+        table = self.entity_types()
+        if table is None:
+            return None
+        kinds = table.column("type").combine_chunks().dictionary_encode()
+        by_name = pc.sort_indices(kinds.dictionary)
+        places = np.empty(len(by_name), np.int32)
+        places[by_name.to_numpy()] = np.arange(len(by_name))
+        entities, types = table.column("entity").to_numpy(), places[kinds.indices.to_numpy()]
+        codes = np.full(self.num_entities, len(places), np.int32)
+        np.minimum.at(codes, entities, types)
+        codes[codes == len(places)] = -1
+        return tuple(kinds.dictionary.take(by_name).to_pylist()), codes
 
     def _under(self, prefix: str) -> list[Location]:
         return [safe_join(self.directory, name) for name in self.files if name.split("/")[0] == prefix]

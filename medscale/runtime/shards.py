@@ -21,8 +21,11 @@ __all__ = ["DTYPES", "map_tensors", "safetensors_header"]
 #: the types that tiers are made of, by their safetensors names
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
-    "I64": np.dtype("<i8"),
+    "F16": np.dtype("<f2"),
+    "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
 }
 
 #: a tier's header names a handful of tensors; the format itself allows 100 MB
