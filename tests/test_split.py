@@ -1,6 +1,7 @@
 """Cutting tables into tiers: exact columns, equal bytes, and a reader that never sees half an export."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -9,20 +10,27 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
-from small_tables import SCORERS, UNIT_COLUMNS, export, model_facts, small_tables
+from small_tables import SCORERS, UNIT_COLUMNS, MemoryTables, export, model_facts, small_tables
 
+from medscale.config import ExportSection
 from medscale.errors import ConfigError, ExportError, RunLockedError
-from medscale.runtime import Tier
-from medscale.split import write_export
+from medscale.manifest import read_manifest, verify_files
+from medscale.namehash import fnv1a, names_twice
+from medscale.runtime.precision import PRECISIONS, encode
+from medscale.split import EntityTypes, write_export
 from medscale.storage import run_lock
+from medscale.versions import roll_back, versions_of
 
 TIERS = {"server": 12, "phone": 3, "pc": 5}
+PRODUCTS = ("simple", "complex", "distmult")
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -30,9 +38,39 @@ def digests(directory: Path) -> dict[str, str]:
     return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def shards(directory: Path) -> np.ndarray:
-    files = sorted(directory.glob("entities-*.safetensors"))
-    return np.concatenate([safetensors.numpy.load_file(path)["vectors"] for path in files])
+def facts_of(tier: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((tier / "manifest.json").read_text())["facts"]
+    return facts
+
+
+def shard_tensors(tier: Path, kind: str = "entities") -> list[dict[str, np.ndarray]]:
+    """Read the shards of a tier with the library of safetensors, in order."""
+    return [safetensors.numpy.load_file(path) for path in sorted(tier.glob(f"{kind}-*.safetensors"))]
+
+
+def by_id(tier: Path, tensor: str = "vectors") -> np.ndarray:
+    """Return a tensor of all shards in the order of ids."""
+    shards = shard_tensors(tier)
+    rows = np.concatenate([shard[tensor] for shard in shards])
+    if facts_of(tier)["sharding"] == "range":
+        return rows
+    ids = np.concatenate([shard["ids"] for shard in shards])
+    return rows[np.argsort(ids)]
+
+
+def plain_payload(tier: Path, widths: list[int]) -> list[str]:
+    """Compute the payload hashes of the cuts in a tier's files, `widths` stored numbers each, as FORMAT.md says."""
+    found, start = [], 0
+    for number, width in enumerate(widths):
+        hashes = b""
+        for shard in shard_tensors(tier):
+            data = np.ascontiguousarray(shard["vectors"][:, start : start + width]).tobytes()
+            if "scales" in shard:
+                data += np.ascontiguousarray(shard["scales"][:, number]).tobytes()
+            hashes += hashlib.sha256(data).digest()
+        found.append(hashlib.sha256(hashes).hexdigest())
+        start += width
+    return found
 
 
 # What is written
@@ -54,13 +92,18 @@ def test_cropped_columns_are_the_tables_bit_for_bit(tmp_path: Path, scorer: str,
         assert tier.columns == columns
         assert tier.bytes == sum(path.stat().st_size for path in directory.iterdir())
         assert tier.files == len(list(directory.iterdir()))
-        assert shards(directory).tobytes() == crop.tobytes()
-        table = pq.read_table(directory / "entities.parquet", page_checksum_verification=True)
+        assert by_id(directory).tobytes() == crop.tobytes()
+        parts = [
+            pq.read_table(path, page_checksum_verification=True) for path in sorted(directory.glob("entities-*.parquet"))
+        ]
+        assert [len(part) for part in parts] == [40, 40, 23]
+        table = pa.concat_tables(parts)
         assert table.schema.types == [pa.int64(), pa.string(), pa.list_(pa.float32(), columns)]
         vectors = np.concatenate([chunk.flatten().to_numpy() for chunk in table["vector"].chunks])
         assert vectors.tobytes() == crop.tobytes()
         assert table["id"].to_pylist() == list(range(103))
         assert table["name"].to_pylist() == [f"e{i}" for i in range(103)]
+        verify_files(directory, read_manifest(directory, "tier", 2, ExportError), ExportError)
 
 
 @pytest.mark.parametrize("scorer", ["rotate", "complex", "pairre"])
@@ -69,7 +112,9 @@ def test_relations_are_as_trained_or_turned_into_cos_and_sin(tmp_path: Path, sco
     facts = model_facts(scorer, reciprocal=reciprocal)
     tables = small_tables(facts, 5, 4)
     export(tmp_path / "export", facts, tables, TIERS)
-    rows = safetensors.numpy.load_file(tmp_path / "export" / "pc" / "relations.safetensors")["vectors"]
+    export(tmp_path / "delta", facts, tables, TIERS, layout="delta", precision="int8")
+    tensors = safetensors.numpy.load_file(tmp_path / "export" / "pc" / "relations.safetensors")
+    rows, text = tensors["vectors"], tensors["relation_bytes"].tobytes()
     table = pq.read_table(tmp_path / "export" / "pc" / "relations.parquet", page_checksum_verification=True)
     number = 8 if reciprocal else 4
     assert rows.shape == (number, 10)
@@ -79,33 +124,185 @@ def test_relations_are_as_trained_or_turned_into_cos_and_sin(tmp_path: Path, sco
         assert np.array_equal(rows[:, 1::2], np.sin(phases).astype(np.float32))
     else:
         assert rows.tobytes() == tables.relation_rows[:, :10].tobytes()
+    assert [text[a:b] for a, b in zip(*(tensors["relation_offsets"][i:] for i in (0, 1)), strict=False)] == [
+        b"r0", b"r1", b"r2", b"r3",
+    ]  # fmt: skip
     assert table["id"].to_pylist() == [0, 1, 2, 3] * (number // 4)
     assert table["name"].to_pylist() == ["r0", "r1", "r2", "r3"] * (number // 4)
     assert table["inverse"].to_pylist() == [i >= 4 for i in range(number)]
     assert np.array_equal(np.stack(table["vector"].to_numpy()), rows)
+    delta = safetensors.numpy.load_file(tmp_path / "delta" / "pc" / "relations.safetensors")
+    assert delta.keys() == {"vectors"}
+    assert delta["vectors"].tobytes() == np.ascontiguousarray(rows[:, 6:]).tobytes()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("sharding", ["range", "hash"])
+@pytest.mark.parametrize("scorer", ["rotate", "distmult"])
+def test_cuts_nest_byte_for_byte_across_tiers_and_layouts(
+    tmp_path: Path, scorer: str, sharding: str, precision: str
+) -> None:
+    facts = model_facts(scorer)
+    tables = small_tables(facts, 103, 4)
+    tables.entities[7] = 0  # no scale
+    form = {"precision": precision, "sharding": sharding, "shard_rows": 40}
+    export(tmp_path / "full", facts, tables, TIERS, chunk_bytes=1000, **form)
+    export(tmp_path / "delta", facts, tables, TIERS, layout="delta", **form)
+    ends = [dim * UNIT_COLUMNS[scorer] for dim in (0, 3, 5, 12)]
+    cuts = [encode(tables.entities[:, a:b], precision) for a, b in zip(ends, ends[1:], strict=False)]  # type: ignore[arg-type]
+    widths = [stored.shape[1] for stored, _ in cuts]
+    payload = plain_payload(tmp_path / "full" / "server", widths)
+    for number, name in enumerate(("phone", "pc", "server")):
+        whole, delta = tmp_path / "full" / name, tmp_path / "delta" / name
+        upto = cuts[: number + 1]
+        assert by_id(whole).tobytes() == np.concatenate([stored for stored, _ in upto], axis=1).tobytes()
+        assert by_id(delta).tobytes() == cuts[number][0].tobytes()
+        if precision in ("int8", "int4"):
+            scales = np.stack([scale for _, scale in upto if scale is not None], axis=1)
+            assert by_id(whole, "scales").tobytes() == scales.tobytes()
+            assert by_id(delta, "scales").tobytes() == np.ascontiguousarray(scales[:, -1:]).tobytes()
+        # The chain of deltas is the full server tier.
+        assert facts_of(whole)["payload"] == facts_of(delta)["payload"] == payload[: number + 1]
+        assert facts_of(whole)["cuts"] == facts_of(delta)["cuts"] == [3, 5, 12][: number + 1]
+        assert facts_of(whole)["base"] is None
+        below = None if number == 0 else {"tier": ("phone", "pc")[number - 1], "payload": payload[:number]}
+        assert facts_of(delta)["base"] == below
+        assert facts_of(delta)["layout"] == ("delta" if number else "full")
+        assert ("index.safetensors" in digests(delta)) == (sharding == "hash" and number == 0)
+        assert bool(list(delta.glob("names-*"))) == (number == 0)
+        for tier, columns in ((whole, number), (delta, int(number > 0))):
+            found = {len(shard.get("norms", np.zeros((0, 0))).T) for shard in shard_tensors(tier)}
+            assert found == {columns if scorer in PRODUCTS else 0}
+
+
+def test_norms_are_those_of_stored_numbers_rounded_up(tmp_path: Path) -> None:
+    facts = model_facts("complex")
+    tables = small_tables(facts, 50, 2)
+    tables.entities[3] = 0
+    for precision in PRECISIONS:
+        export(tmp_path / "export", facts, tables, TIERS, precision=precision, shard_rows=30)
+        table = pa.concat_tables(
+            [pq.read_table(path) for path in sorted((tmp_path / "export" / "server").glob("entities-*.parquet"))]
+        )
+        values = np.array(table["vector"].to_pylist(), np.float64)
+        norms = by_id(tmp_path / "export" / "server", "norms")
+        for column, (start, stop) in enumerate(((6, 10), (10, 24))):
+            exact = np.array([float(np.sqrt(sum(x * x for x in row))) for row in values[:, start:stop]])
+            assert (norms[:, column] >= exact * (1 - 1e-15)).all()
+            assert (norms[:, column] <= exact * (1 + 2.4e-7)).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_parquet_holds_what_the_core_decodes_to(tmp_path: Path, precision: str) -> None:
+    facts = model_facts()
+    tables = small_tables(facts, 60, 3)
+    written = export(tmp_path / "export", facts, tables, TIERS, precision=precision, shard_rows=25, layout="delta")
+    error = {"float32": 0, "float16": 2**-11, "int8": 1 / 254, "int4": 1 / 14}[precision]
+    for tier, (start, stop) in zip(written, ((0, 3), (3, 5), (5, 12)), strict=True):
+        names = ", name" if tier.layout == "full" else ""
+        rows = duckdb.sql(
+            f"SELECT id{names}, vector, vector[1:2] AS first FROM '{tmp_path}/export/{tier.name}/entities-*.parquet' "
+            "ORDER BY id"
+        ).fetchall()
+        assert [row[0] for row in rows] == list(range(60))
+        assert not names or [row[1] for row in rows] == [f"e{i}" for i in range(60)]
+        exact = tables.entities[:, start:stop]
+        largest = np.abs(exact).max(axis=1, keepdims=True)
+        assert (np.abs(np.array([row[-2] for row in rows]) - exact) <= error * largest * 1.0001).all()
+        assert [row[-1] for row in rows] == [row[-2][:2] for row in rows]
+
+
+def test_an_entity_of_ten_units_takes_16_bytes(tmp_path: Path) -> None:
+    for scorer, most in (("transe", 16), ("rotate", 28)):
+        facts = model_facts(scorer, dims=(10, 20), damping=(1.0,))
+        (phone,) = export(tmp_path / scorer, facts, small_tables(facts, 2000, 2), {"phone": 10}, precision="int8")
+        assert phone.bytes_per_entity <= most
+
+
+def test_shards_by_hash_hold_the_names_that_hash_to_them(tmp_path: Path) -> None:
+    def plain_hash(name: str) -> int:
+        value = 0xCBF29CE484222325
+        for byte in name.encode():
+            value = (value ^ byte) * 0x100000001B3 % 2**64
+        return value
+
+    facts = model_facts()
+    tables = small_tables(facts, 103, 2)
+    types = EntityTypes(("city", "user"), (np.arange(103) % 3 - 1).astype(np.int32))
+    export(tmp_path / "export", facts, tables, TIERS, sharding="hash", shard_rows=10, types=types)
+    tier = tmp_path / "export" / "pc"
+    index = safetensors.numpy.load_file(tier / "index.safetensors")["shard"]
+    assert index.dtype == np.int32
+    assert index.tolist() == [plain_hash(f"e{i}") % 11 for i in range(103)]
+    for number, (rows, names) in enumerate(zip(shard_tensors(tier), shard_tensors(tier, "names"), strict=True)):
+        ids = np.flatnonzero(index == number)
+        assert rows["ids"].tolist() == ids.tolist()
+        assert names["entity_type"].tolist() == types.codes[ids].tolist()
+        text, ends = names["entity_bytes"].tobytes(), names["entity_offsets"]
+        found = [text[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)]
+        assert found == [f"e{i}" for i in ids]
+        assert [found[i] for i in names["entity_order"]] == sorted(found)
+    assert facts_of(tier)["entity_types"] == ["city", "user"]
+    assert facts_of(tier)["num_shards"] == 11
+
+
+def test_shards_by_hash_may_be_empty(tmp_path: Path) -> None:
+    facts = model_facts("complex")
+    export(tmp_path / "export", facts, small_tables(facts, 6, 2), TIERS, sharding="hash", shard_rows=1, precision="int8")
+    tier = tmp_path / "export" / "server"
+    counts = [len(shard["vectors"]) for shard in shard_tensors(tier)]
+    assert sum(counts) == len(counts) == 6
+    assert 0 in counts
+    verify_files(tier, read_manifest(tier, "tier", 2, ExportError), ExportError)
+    assert duckdb.sql(f"SELECT count(*) FROM '{tier}/entities-*.parquet'").fetchall() == [(6,)]
+
+
+def test_hashes_of_names_are_fnv1a() -> None:
+    known = {"": 0xCBF29CE484222325, "a": 0xAF63DC4C8601EC8C, "foobar": 0x85944171F73967E8}
+    draw = random.Random(0)
+    texts = ["".join(chr(draw.choice((65, 233, 0x65E5, 0x1F600))) for _ in range(n)) for n in range(40)]
+    names = pa.chunked_array([pa.array(["x", *known]).slice(1), pa.array([], pa.string()), pa.array(texts)])
+    found = fnv1a(names)
+    assert found[:3].tolist() == list(known.values())
+    for text, value in zip(texts, found[3:], strict=True):
+        plain = 0xCBF29CE484222325
+        for byte in text.encode():
+            plain = (plain ^ byte) * 0x100000001B3 % 2**64
+        assert int(value) == plain
+    # Names whose hashes collide are not equal for that.
+    assert names_twice(pa.chunked_array([["a", "b", "c"]]), np.array([7, 7, 7], np.uint64)) is None
+    assert names_twice(pa.chunked_array([["a", "b", "a"]]), np.array([7, 7, 7], np.uint64)) == "a"
 
 
 def test_exporting_again_gives_the_same_bytes(tmp_path: Path) -> None:
-    facts = model_facts("rotate", reciprocal=True)
-    for run in ("a", "b"):
-        export(tmp_path / run / "export", facts, small_tables(facts, 90, 3), TIERS, shard_rows=40)
-    first = digests((tmp_path / "a" / "export").resolve())
-    assert len(first) == 3 * 8
-    assert digests((tmp_path / "b" / "export").resolve()) == first
-    export(tmp_path / "a" / "export", facts, small_tables(facts, 90, 3), TIERS, shard_rows=40)
-    assert digests((tmp_path / "a" / "export").resolve()) == first
+    facts = model_facts("complex", reciprocal=True)
+    for form in ({}, {"precision": "int8", "layout": "delta", "sharding": "hash"}):
+        tables = small_tables(facts, 90, 3)
+        first: dict[str, str] = {}
+        for threads in (1, 3, 1):
+            export(tmp_path / "export", facts, tables, TIERS, shard_rows=20, threads=threads, **form)
+            found = digests((tmp_path / "export").resolve())
+            assert first in ({}, found)
+            first = found
+    export(tmp_path / "bare", facts, tables, TIERS, formats=())
+    assert sorted(digests(tmp_path / "bare" / "pc")) == [
+        "entities-00000-of-00001.safetensors", "manifest.json", "names-00000-of-00001.safetensors",
+        "relations.safetensors",
+    ]  # fmt: skip
 
 
 def test_rows_stream_in_bounded_portions(tmp_path: Path) -> None:
     facts = model_facts()
-    whole, portions = small_tables(facts, 1000, 3), small_tables(facts, 1000, 3)
-    export(tmp_path / "whole" / "export", facts, whole, TIERS, shard_rows=300)
-    export(tmp_path / "portions" / "export", facts, portions, TIERS, shard_rows=300, chunk_bytes=1000)
-    assert whole.largest_read == 300 * 12 * 4  # never across a shard
-    assert portions.largest_read <= 1000
-    for name in TIERS:
-        one, other = (shards(tmp_path / run / "export" / name) for run in ("whole", "portions"))
-        assert one.tobytes() == other.tobytes()
+    for sharding in ("range", "hash"):
+        whole, portions = small_tables(facts, 1000, 3), small_tables(facts, 1000, 3)
+        form = {"sharding": sharding, "shard_rows": 300}
+        export(tmp_path / "whole" / "export", facts, whole, TIERS, **form)
+        export(tmp_path / "portions" / "export", facts, portions, TIERS, chunk_bytes=1000, **form)
+        assert whole.largest_read >= 300 * 12 * 4 * 0.7  # a shard
+        assert portions.largest_read <= 1000
+        for name in TIERS:
+            one, other = (by_id(tmp_path / run / "export" / name) for run in ("whole", "portions"))
+            assert one.tobytes() == other.tobytes()
 
 
 def test_names_with_every_length_of_utf8_survive_chunks_and_slices(tmp_path: Path) -> None:
@@ -119,10 +316,97 @@ def test_names_with_every_length_of_utf8_survive_chunks_and_slices(tmp_path: Pat
         facts,
         {"t": 3},
         tmp_path / "export",
-    )  # fmt: skip
-    tier = Tier.open(tmp_path / "export" / "t")
-    assert [tier.entity_name(i) for i in range(7)] == names
-    assert [tier.entity_id(name) for name in names] == list(range(7))
+        ExportSection(shard_rows=2),
+    )
+    found = []
+    for shard in shard_tensors(tmp_path / "export" / "t", "names"):
+        text, ends = shard["entity_bytes"].tobytes(), shard["entity_offsets"]
+        found += [text[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)]
+    assert found == names
+
+
+def test_extras_are_files_of_the_tier(tmp_path: Path) -> None:
+    facts, seen = model_facts(), []
+
+    def extra(tier: Any, directory: Path) -> None:
+        seen.append((tier.name, tier.dim, directory.name))
+        (directory / "model.onnx").write_bytes(bytes(tier.vector("e3")))
+
+    written = export(tmp_path / "export", facts, small_tables(facts, 30, 2), TIERS, extras=[extra])
+    assert seen == [("phone", 3, "phone"), ("pc", 5, "pc"), ("server", 12, "server")]
+    for tier in written:
+        directory = tmp_path / "export" / tier.name
+        manifest = read_manifest(directory, "tier", 2, ExportError)
+        assert manifest.files["model.onnx"]["bytes"] == 4 * tier.dim
+        verify_files(directory, manifest, ExportError)
+        assert tier.files == len(list(directory.iterdir()))
+
+
+# Rows on top of another export
+
+
+def grown(facts: Any, tables: MemoryTables, more: int) -> MemoryTables:
+    """Return tables with more entities and a relation more; those that were there are as they were."""
+    larger = small_tables(facts, len(tables.entities) + more, len(tables.relation_rows) + 1, seed=5)
+    larger.entities[: len(tables.entities)] = tables.entities
+    larger.relation_rows[: len(tables.relation_rows)] = tables.relation_rows
+    return larger
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("sharding", ["range", "hash"])
+@pytest.mark.parametrize("layout", ["full", "delta"])
+def test_rows_that_joined_go_on_top_of_what_was_shipped(
+    tmp_path: Path, layout: str, sharding: str, precision: str
+) -> None:
+    facts, form = model_facts("complex"), {"precision": precision, "sharding": sharding, "shard_rows": 20}
+    tables = small_tables(facts, 50, 3)
+    export(tmp_path / "parent", facts, tables, TIERS, layout=layout, **form)
+    child, larger = model_facts("complex", run="child", step=9), grown(facts, tables, 25)
+    export(tmp_path / "rows", child, larger, TIERS, base=tmp_path / "parent", **form)
+    export(tmp_path / "whole", child, larger, TIERS, **form)
+    for name in TIERS:
+        rows, parent = (tmp_path / place / name for place in ("rows", "parent"))
+        found = facts_of(rows)
+        assert (found["layout"], found["first_entity"], found["num_entities"]) == ("rows", 50, 25)
+        assert (found["num_relations"], found["num_shards"]) == (4, 2)
+        assert found["base"] == {"tier": name, "payload": facts_of(parent)["payload"]}
+        assert by_id(rows).tobytes() == by_id(tmp_path / "whole" / name)[50:].tobytes()
+        if sharding == "hash":
+            assert sorted(np.concatenate([s["ids"] for s in shard_tensors(rows)])) == list(range(50, 75))
+            assert len(safetensors.numpy.load_file(rows / "index.safetensors")["shard"]) == 25
+        names = sum(len(shard["entity_order"]) for shard in shard_tensors(rows, "names"))
+        assert names == 25
+        verify_files(rows, read_manifest(rows, "tier", 2, ExportError), ExportError)
+
+
+def test_rows_are_refused_where_old_ones_have_changed(tmp_path: Path) -> None:
+    facts = model_facts("complex")
+    tables = small_tables(facts, 50, 3)
+    parent = tmp_path / "parent"
+    export(parent, facts, tables, TIERS, shard_rows=20)
+
+    def refused(message: str, larger: MemoryTables, facts: Any = facts, base: Path = parent, **form: Any) -> None:
+        with pytest.raises(ExportError, match=message):
+            export(tmp_path / "rows", facts, larger, TIERS, base=base, **{"shard_rows": 20} | form)
+        assert not (tmp_path / "rows").exists()
+
+    for row, column in ((0, 0), (20, 11), (49, 23)):
+        moved = grown(facts, tables, 5)
+        moved.entities[row, column] += 1e-6
+        refused("old rows have moved", moved)
+    refused("none has joined", tables)
+    refused("its shard_rows is 20", grown(facts, tables, 5), shard_rows=30)
+    refused("its precision is 'float32'", grown(facts, tables, 5), precision="int8")
+    refused("its scorer is 'complex'", grown(facts, tables, 5), facts=model_facts("simple"))
+    export(tmp_path / "first", facts, grown(facts, tables, 5), TIERS, base=parent, shard_rows=20)
+    refused("itself adds rows", grown(facts, tables, 9), base=tmp_path / "first")
+    larger = grown(facts, tables, 5)
+    with pytest.raises(ExportError, match="names other entities"):
+        write_export(
+            larger, pa.array([f"e{i + 1}" for i in range(55)]), pa.array(["r0", "r1", "r2", "r3"]), facts, TIERS,
+            tmp_path / "rows", ExportSection(shard_rows=20), base=parent,
+        )  # fmt: skip
 
 
 # What is refused
