@@ -59,6 +59,14 @@ class ExportError(MedscaleError):
     exit_code = 8
 
 
+class MissingShardError(ExportError):
+    """A tier that was fetched in part is asked for a shard that is not here; `file` is what to fetch."""
+
+    def __init__(self, message: str, file: str) -> None:
+        self.file = file
+        super().__init__(message)
+
+
 class UnsupportedError(MedscaleError):
     """The machine, or the installed set of libraries, cannot do what the job asks."""
 

@@ -20,8 +20,9 @@ from medscale.location import Location
 from medscale.logs import console, progress
 from medscale.manifest import read_manifest
 from medscale.options import job_parser, run_command, run_of
+from medscale.runtime.files import TIER_KIND
+from medscale.runtime.tier import TIER_FORMAT
 from medscale.split import EntityTypes, Extra, ModelFacts, WrittenTier, check_tiers, write_export
-from medscale.tierfiles import TIER_FORMAT, TIER_KIND
 from medscale.versions import roll_back
 
 __all__ = ["export_run", "extras_of", "main", "parse_tiers"]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,11 @@ from medscale.errors import MedscaleError
 from medscale.location import STREAMS, Location
 from medscale.storage import fault_point, safe_join, sha256_of, write_json
 
-__all__ = ["MANIFEST", "Manifest", "parse_json", "read_manifest", "verify_files", "write_manifest"]
+__all__ = ["MANIFEST", "VERIFIED", "Manifest", "parse_json", "read_manifest", "verify_files", "write_manifest"]
 
 MANIFEST = "manifest.json"
+#: how the names of files begin in which readers note that they have verified a directory
+VERIFIED = ".verified"
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,12 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(directory: Location, kind: str, format_version: int, error: type[MedscaleError]) -> Manifest:
+def read_manifest(
+    directory: Location, kind: str, format_version: int | Collection[int], error: type[MedscaleError]
+) -> Manifest:
     """Read and check the shape of a directory's manifest; file contents are `verify_files`' business.
+
+    `format_version` is the one, or all, that the caller reads.
 
     Raises:
         error: missing, not JSON, another kind, a newer format, or names that lead outside.
@@ -101,9 +107,12 @@ def read_manifest(directory: Location, kind: str, format_version: int, error: ty
     if not isinstance(raw, dict) or raw.get("kind") != kind:
         found = raw.get("kind") if isinstance(raw, dict) else type(raw).__name__
         raise error(f"{path} describes a {found!r}, not a {kind}")
-    if raw.get("format") != format_version:
+    formats = (format_version,) if isinstance(format_version, int) else tuple(format_version)
+    # A bool equals 0 or 1, and is no version.
+    if type(raw.get("format")) is not int or raw["format"] not in formats:
         raise error(
-            f"{path} has format {raw.get('format')!r}; this medscale reads {kind} format {format_version}. "
+            f"{path} has format {raw.get('format')!r}; this medscale reads {kind} format "
+            f"{' and '.join(map(str, formats))}. "
             "Use the medscale that wrote it, or write it anew"
         )
     facts, files = raw.get("facts"), raw.get("files")
@@ -119,7 +128,7 @@ def read_manifest(directory: Location, kind: str, format_version: int, error: ty
             raise error(f"{path}: {cause}") from None
     if raw.pop("seal", None) != _seal(raw):
         raise error(f"{path} is damaged: its text is not what was sealed when it was written")
-    return Manifest(kind, format_version, facts, files)
+    return Manifest(kind, raw["format"], facts, files)
 
 
 def _seal(content: Mapping[str, Any]) -> str:
@@ -129,8 +138,18 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def verify_files(directory: Location, manifest: Manifest, error: type[MedscaleError]) -> None:
+def verify_files(
+    directory: Location,
+    manifest: Manifest,
+    error: type[MedscaleError],
+    *,
+    optional: Collection[str] = (),
+    unchanged: Collection[str] = (),
+) -> None:
     """Check that exactly the manifest's files are there, with their bytes and SHA-256.
+
+    Files that are `optional` may be missing, and those that are `unchanged` are not read. What a reader noted in
+    files whose names begin with `VERIFIED` does not count.
 
     Raises:
         error: a file is missing, extra, of another size, or its bytes changed; names it.
@@ -140,17 +159,20 @@ def verify_files(directory: Location, manifest: Manifest, error: type[MedscaleEr
         present = _sizes(directory)
     except (OSError, ValueError) as cause:
         raise error(f"{directory} cannot be listed: {cause}") from None
-    extra = sorted(present.keys() - manifest.files.keys() - {MANIFEST})
+    extra = sorted(
+        name for name in present.keys() - manifest.files.keys() - {MANIFEST} if not name.startswith(VERIFIED)
+    )
     if extra:
         raise error(f"{directory / extra[0]} is not in the manifest: someone added it; remove it to go on")
-    paths = [safe_join(directory, name) for name in manifest.files]
-    for path, (name, entry) in zip(paths, manifest.files.items(), strict=True):
-        if name not in present:
-            raise error(f"{path} is missing")
-        if present[name] != entry["bytes"]:
-            raise error(f"{path} has {present[name]} bytes, its manifest says {entry['bytes']}")
-    for path, found, entry in zip(paths, _hashes(paths, error), manifest.files.values(), strict=True):
-        if found != entry["sha256"]:
+    for name, entry in manifest.files.items():
+        if name not in present and name not in optional:
+            raise error(f"{directory / name} is missing")
+        if present.get(name, entry["bytes"]) != entry["bytes"]:
+            raise error(f"{directory / name} has {present[name]} bytes, its manifest says {entry['bytes']}")
+    read = [name for name in manifest.files if name in present and name not in unchanged]
+    paths = [safe_join(directory, name) for name in read]
+    for path, name, found in zip(paths, read, _hashes(paths, error), strict=True):
+        if found != manifest.files[name]["sha256"]:
             raise error(f"{path} is damaged: its SHA-256 is not the manifest's")
 
 

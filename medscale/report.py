@@ -20,7 +20,8 @@ from medscale.jobfile import load_job
 from medscale.logs import console
 from medscale.manifest import MANIFEST, read_manifest
 from medscale.options import job_parser, run_command
-from medscale.runtime.tier import TIER_FORMAT, TIER_KIND, Tier
+from medscale.runtime.files import TIER_FORMATS, TIER_KIND
+from medscale.runtime.tier import Tier
 from medscale.seed import generator
 
 __all__ = ["TierLine", "main", "report", "tiers_table"]
@@ -100,7 +101,7 @@ def _line(directory: Path, quality: Mapping[int, Mapping[str, Any]]) -> TierLine
 
 
 def _bytes_of(directory: Path) -> int:
-    manifest = read_manifest(directory, TIER_KIND, TIER_FORMAT, ExportError)
+    manifest = read_manifest(directory, TIER_KIND, TIER_FORMATS, ExportError)
     files: int = sum(entry["bytes"] for entry in manifest.files.values())
     return files + (directory / MANIFEST).stat().st_size
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from medscale.errors import ExportError
 from medscale.logs import Advance
+from medscale.runtime.files import shard_name, shard_names_name
 from medscale.runtime.precision import Precision, decode, encode, stored_dtype, stored_width
 from medscale.tierfiles import ParquetRows, RowsFile, fixed_size_list, name_tensors, octets, write_tensors
 
@@ -276,11 +277,11 @@ class _TierFiles:
         self.form = form
         self.tier = tier
         self.hashes: dict[str, str] = {}
-        stem = f"{shard.number:05d}-of-{form.num_shards:05d}"
+        place = (shard.number, form.num_shards)
         num_rows, widths = len(shard.entities), form.widths(tier)
         width = sum(stored_width(form.precision, columns) for columns in widths)
         self.rows = RowsFile(
-            tier.directory / f"entities-{stem}.safetensors",
+            tier.directory / shard_name(*place),
             vectors=(stored_dtype(form.precision), (num_rows, width)),
             known={"ids": np.asarray(shard.entities, np.int64)} if form.has_ids else {},
             later={name: (array.dtype, array.shape) for name, array in margins.items()},
@@ -290,12 +291,12 @@ class _TierFiles:
             number = pa.float16() if form.precision == "float16" else pa.float32()
             fields = [("id", pa.int64()), ("name", pa.string()), ("vector", pa.list_(number, sum(widths)))]
             schema = pa.schema([field for field in fields if tier.has_names or field[0] != "name"])
-            self.parquet = ParquetRows(tier.directory / f"entities-{stem}.parquet", schema)
+            self.parquet = ParquetRows(self.rows.path.with_suffix(".parquet"), schema)
         if tier.has_names:
             tensors = name_tensors("entity", shard.names)
             if shard.types is not None:
                 tensors["entity_type"] = shard.types
-            name = f"names-{stem}.safetensors"
+            name = shard_names_name(*place)
             self.hashes[name] = write_tensors(tier.directory / name, tensors)
 
     def append(self, entities: Entities, names: pa.Array, whole: NDArray[np.float32], all_cuts: Sequence[_Cut]) -> None:

@@ -23,9 +23,10 @@ from medscale.errors import ConfigError, ExportError
 from medscale.logs import Advance
 from medscale.manifest import read_manifest, write_manifest
 from medscale.namehash import fnv1a, names_twice, utf8
-from medscale.runtime import Tier
+from medscale.runtime.files import INDEX, RELATIONS, TIER_KIND, shard_names_name
 from medscale.runtime.scoring import ExportedScorer, exported_scorer
 from medscale.runtime.shards import map_tensors
+from medscale.runtime.tier import TIER_FORMAT, Tier
 from medscale.shardfiles import (
     Entities,
     Form,
@@ -39,7 +40,7 @@ from medscale.shardfiles import (
     write_shard,
 )
 from medscale.storage import safe_join
-from medscale.tierfiles import TIER_FORMAT, TIER_KIND, ParquetRows, fixed_size_list, name_tensors, write_tensors
+from medscale.tierfiles import ParquetRows, fixed_size_list, name_tensors, write_tensors
 from medscale.versions import publication
 
 __all__ = [
@@ -301,11 +302,11 @@ class _Export:
         known |= self._write_relations(tier)
         if self.section.sharding == "hash" and tier.has_names:
             index = _shards_by_hash(hashes[self.first_entity :], self.section.shard_rows)
-            known["index.safetensors"] = write_tensors(tier.directory / "index.safetensors", {"shard": index})
+            known[INDEX] = write_tensors(tier.directory / INDEX, {"shard": index})
         facts = self._tier_facts(name, payload[: tier.last_cut], len(shards))
         manifest = write_manifest(tier.directory, TIER_KIND, TIER_FORMAT, facts, known)
         if extras and not self.base_payloads:
-            opened = Tier.open(tier.directory, verify=False)
+            opened = Tier.open(tier.directory, verify="never")
             for extra in extras:
                 extra(opened, tier.directory)
             known |= {file: str(entry["sha256"]) for file, entry in manifest.files.items()}
@@ -337,7 +338,7 @@ class _Export:
         rows = np.ascontiguousarray(rows[:, starts[tier.first_cut] * unit :])
         names = self.relation_names.combine_chunks()
         tensors = {"vectors": rows} | (name_tensors("relation", names) if tier.has_names else {})
-        hashes = {"relations.safetensors": write_tensors(tier.directory / "relations.safetensors", tensors)}
+        hashes = {RELATIONS: write_tensors(tier.directory / RELATIONS, tensors)}
         if "parquet" in self.section.formats:
             vector = pa.list_(pa.float32(), rows.shape[1])
             schema = pa.schema([("id", pa.int64()), ("name", pa.string()), ("inverse", pa.bool_()), ("vector", vector)])
@@ -438,7 +439,7 @@ class _Export:
 
     def _check_names(self, directory: Path, shards: Sequence[Entities]) -> None:
         for number, entities in enumerate(shards):
-            path = directory / f"names-{number:05d}-of-{len(shards):05d}.safetensors"
+            path = directory / shard_names_name(number, len(shards))
             stored, (data, offsets) = map_tensors(path), utf8(self.shard(number, entities).names)
             same = np.array_equal(stored.get("entity_offsets", ()), offsets)
             if not same or not np.array_equal(stored.get("entity_bytes", ()), data):

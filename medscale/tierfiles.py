@@ -17,13 +17,9 @@ from medscale.runtime.shards import safetensors_header
 from medscale.storage import fault_point, sha256_of
 
 __all__ = [
-    "TIER_FORMAT", "TIER_KIND", "HashedFile", "ParquetRows", "RowsFile", "fixed_size_list", "name_tensors", "octets",
+    "HashedFile", "ParquetRows", "RowsFile", "fixed_size_list", "name_tensors", "octets",
     "write_tensors",
 ]  # fmt: skip
-
-TIER_KIND = "tier"
-#: the version that is written
-TIER_FORMAT = 2
 
 Array = NDArray[Any]
 #: dtype and shape of a tensor

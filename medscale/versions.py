@@ -11,6 +11,7 @@ from pathlib import Path
 
 from medscale.errors import ExportError
 from medscale.manifest import read_manifest, verify_files
+from medscale.runtime.files import TIER_FORMATS, TIER_KIND
 from medscale.storage import (
     commit_directory,
     fsync_directory,
@@ -19,7 +20,6 @@ from medscale.storage import (
     staging_directory,
     sweep_leftovers,
 )
-from medscale.tierfiles import TIER_FORMAT, TIER_KIND
 
 __all__ = ["publication", "roll_back", "versions_of"]
 
@@ -92,7 +92,7 @@ def _verify(version: Path) -> None:
     if not tiers:
         raise ExportError(f"{version} holds no tiers")
     for tier in tiers:
-        verify_files(tier, read_manifest(tier, TIER_KIND, TIER_FORMAT, ExportError), ExportError)
+        verify_files(tier, read_manifest(tier, TIER_KIND, TIER_FORMATS, ExportError), ExportError)
 
 
 def _folder(link: Path) -> Path:

@@ -94,7 +94,8 @@ def test_cropped_columns_are_the_tables_bit_for_bit(tmp_path: Path, scorer: str,
         assert tier.files == len(list(directory.iterdir()))
         assert by_id(directory).tobytes() == crop.tobytes()
         parts = [
-            pq.read_table(path, page_checksum_verification=True) for path in sorted(directory.glob("entities-*.parquet"))
+            pq.read_table(path, page_checksum_verification=True)
+            for path in sorted(directory.glob("entities-*.parquet"))
         ]
         assert [len(part) for part in parts] == [40, 40, 23]
         table = pa.concat_tables(parts)
@@ -248,7 +249,9 @@ def test_shards_by_hash_hold_the_names_that_hash_to_them(tmp_path: Path) -> None
 
 def test_shards_by_hash_may_be_empty(tmp_path: Path) -> None:
     facts = model_facts("complex")
-    export(tmp_path / "export", facts, small_tables(facts, 6, 2), TIERS, sharding="hash", shard_rows=1, precision="int8")
+    export(
+        tmp_path / "export", facts, small_tables(facts, 6, 2), TIERS, sharding="hash", shard_rows=1, precision="int8"
+    )
     tier = tmp_path / "export" / "server"
     counts = [len(shard["vectors"]) for shard in shard_tensors(tier)]
     assert sum(counts) == len(counts) == 6

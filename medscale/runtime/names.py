@@ -17,7 +17,7 @@ __all__ = ["NameTable"]
 
 @dataclass(frozen=True)
 class NameTable:
-    """The names of one kind of thing, both ways. Ids are 0 .. n - 1."""
+    """The names of one kind of thing, or of the rows of a shard, both ways. Ids are 0 .. n - 1."""
 
     #: "entity" or "relation", for messages
     what: str
@@ -60,13 +60,20 @@ class NameTable:
             ExportError: no such name.
 
         """
+        found = self.find(name)
+        if found is None:
+            raise ExportError(f"unknown {self.what} {name!r}: it is not among the {len(self):,} of {self.source}")
+        return found
+
+    def find(self, name: str) -> int | None:
+        """Return the id of a name, or None."""
         wanted = name.encode("utf-8", "surrogatepass")
         position = self._first_not_before(wanted)
         if position < len(self):
             candidate = self.check(int(self.order[position]))
             if self._bytes(candidate) == wanted:
                 return candidate
-        raise ExportError(f"unknown {self.what} {name!r}: it is not among the {len(self):,} of {self.source}")
+        return None
 
     def check(self, index: int) -> int:
         """Return the id, which must be in range.

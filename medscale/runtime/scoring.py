@@ -65,20 +65,20 @@ def unit_weights(dims: Sequence[int], damping: Sequence[float]) -> NDArray[np.fl
 def compare(geometry: str, query: Array, rows: Array, weights: Array) -> Array:
     """Return scores [...] of rows [..., C] against queries [..., C]; shapes broadcast.
 
-    `weights` is per unit for "modulus", per column for the others.
+    `weights` is per unit for "modulus", per column for the others. A score does not depend on the rows beside it: BLAS,
+    which sums in another order where rows are few, has no part in it.
     """
     scores: Array
     match geometry:
         case "product":
-            weighted = query * weights
-            scores = rows @ weighted if weighted.ndim == 1 else (weighted * rows).sum(-1)
+            scores = (query * weights * rows).sum(-1)
         case "l1":
-            scores = -(np.abs(query - rows) @ weights)
+            scores = -(np.abs(query - rows) * weights).sum(-1)
         case "l2":
-            scores = -np.sqrt(np.square(query - rows) @ weights)
+            scores = -np.sqrt((np.square(query - rows) * weights).sum(-1))
         case _:
             real, imaginary = _parts(query - rows)
-            scores = -(np.hypot(real, imaginary) @ weights)
+            scores = -(np.hypot(real, imaginary) * weights).sum(-1)
     return scores
 
 

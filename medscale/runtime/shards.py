@@ -22,10 +22,10 @@ __all__ = ["DTYPES", "map_tensors", "safetensors_header"]
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
 }
 
 #: a tier's header names a handful of tensors; the format itself allows 100 MB
@@ -66,15 +66,14 @@ def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
                 raise ValueError(f"its header claims {length} bytes, of {size} in the file")
             header = file.read(length)
         places = _places(header, size - 8 - length)
-        return {name: _map(path, 8 + length + start, dtype, shape) for name, (start, dtype, shape) in places.items()}
+        # One map a file: a process may have some ten thousand maps, and a tier many shards.
+        data = np.memmap(path, np.uint8, "r", shape=size).view(np.ndarray)
+        return {
+            name: np.ndarray(shape, dtype, data.data, 8 + length + start)
+            for name, (start, dtype, shape) in places.items()
+        }
     except (OSError, ValueError, OverflowError) as cause:
         raise ExportError(f"{path} is not a sound safetensors file: {cause}") from None
-
-
-def _map(path: Path, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    if 0 in shape:  # nothing to map, and mmap refuses empty ranges
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape).view(np.ndarray)
 
 
 def _places(header: bytes, data_bytes: int) -> dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]:
