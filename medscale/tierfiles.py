@@ -1,8 +1,9 @@
-"""Files of a tier, hashed while they are written, durable once they are closed. `runtime/FORMAT.md` specifies them."""
+"""Files of a tier, hashed while they are written; `runtime/FORMAT.md` specifies them."""
 
 import hashlib
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ __all__ = [
     "HashedFile", "ParquetRows", "RowsFile", "fixed_size_list", "name_tensors", "octets",
     "write_tensors",
 ]  # fmt: skip
+
+#: a file of so many bytes is made durable as soon as it is complete
+EARLY_BYTES = 8 << 20
 
 Array = NDArray[Any]
 #: dtype and shape of a tensor
@@ -50,11 +54,9 @@ class HashedFile:
         return self._file.closed
 
     def close(self) -> None:
-        """Make the bytes durable."""
+        """Write no more."""
         if not self.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            fault_point("after-shard")
+            _close(self._file)
 
     @property
     def sha256(self) -> str:
@@ -95,7 +97,7 @@ class RowsFile:
             _write_all(self._file.fileno(), octets(rows))
 
     def close(self, later: Mapping[str, Array]) -> str:
-        """Write the other tensors, make all durable, and return the file's SHA-256."""
+        """Write the other tensors and return the file's SHA-256."""
         tensors = dict(self._known) | dict(later)
         if self._hashed is not None:
             for name in self._after:
@@ -108,9 +110,7 @@ class RowsFile:
         _write_all(self._file.fileno(), memoryview(self._header))
         for name in self._before:
             _write_all(self._file.fileno(), octets(tensors[name]))
-        os.fsync(self._file.fileno())
-        self._file.close()
-        fault_point("after-shard")
+        _close(self._file)
         # What stands before the vectors was not known while they came, so here the hash takes a second look, at
         # pages that the system has just been given.
         return sha256_of(self.path)
@@ -156,7 +156,7 @@ class ParquetRows:
         self._writer.write_table(pa.table([columns[name] for name in self.schema.names], schema=self.schema))
 
     def close(self) -> str:
-        """Make the file durable and return its SHA-256."""
+        """Write the footer and return the file's SHA-256."""
         self._writer.close()
         self._file.close()
         return self._file.sha256
@@ -170,6 +170,14 @@ def fixed_size_list(rows: Array) -> pa.FixedSizeListArray:
 def octets(array: Array) -> memoryview:
     """Return an array's bytes, row after row, without a copy where they lie so already."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _close(file: FileIO) -> None:
+    # Whoever publishes the files makes all of them durable. Large ones go to the disk while others are being made.
+    if os.fstat(file.fileno()).st_size >= EARLY_BYTES:
+        os.fsync(file.fileno())
+    file.close()
+    fault_point("after-shard")
 
 
 def _write_all(handle: int, view: memoryview) -> None:

@@ -1,6 +1,7 @@
 """Cutting tables into tiers: exact columns, equal bytes, and a reader that never sees half an export."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from medscale.config import ExportSection
 from medscale.errors import ConfigError, ExportError, RunLockedError
 from medscale.manifest import read_manifest, verify_files
 from medscale.namehash import fnv1a, names_twice
+from medscale.runtime import Tier
 from medscale.runtime.precision import PRECISIONS, encode
 from medscale.split import EntityTypes, write_export
 from medscale.storage import run_lock
@@ -150,7 +152,7 @@ def test_cuts_nest_byte_for_byte_across_tiers_and_layouts(
     export(tmp_path / "full", facts, tables, TIERS, chunk_bytes=1000, **form)
     export(tmp_path / "delta", facts, tables, TIERS, layout="delta", **form)
     ends = [dim * UNIT_COLUMNS[scorer] for dim in (0, 3, 5, 12)]
-    cuts = [encode(tables.entities[:, a:b], precision) for a, b in zip(ends, ends[1:], strict=False)]  # type: ignore[arg-type]
+    cuts = [encode(tables.entities[:, a:b], precision) for a, b in itertools.pairwise(ends)]  # type: ignore[arg-type]
     widths = [stored.shape[1] for stored, _ in cuts]
     payload = plain_payload(tmp_path / "full" / "server", widths)
     for number, name in enumerate(("phone", "pc", "server")):
@@ -240,7 +242,7 @@ def test_shards_by_hash_hold_the_names_that_hash_to_them(tmp_path: Path) -> None
         assert rows["ids"].tolist() == ids.tolist()
         assert names["entity_type"].tolist() == types.codes[ids].tolist()
         text, ends = names["entity_bytes"].tobytes(), names["entity_offsets"]
-        found = [text[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)]
+        found = [text[a:b].decode() for a, b in itertools.pairwise(ends)]
         assert found == [f"e{i}" for i in ids]
         assert [found[i] for i in names["entity_order"]] == sorted(found)
     assert facts_of(tier)["entity_types"] == ["city", "user"]
@@ -250,14 +252,14 @@ def test_shards_by_hash_hold_the_names_that_hash_to_them(tmp_path: Path) -> None
 def test_shards_by_hash_may_be_empty(tmp_path: Path) -> None:
     facts = model_facts("complex")
     export(
-        tmp_path / "export", facts, small_tables(facts, 6, 2), TIERS, sharding="hash", shard_rows=1, precision="int8"
+        tmp_path / "export", facts, small_tables(facts, 12, 2), TIERS, sharding="hash", shard_rows=1, precision="int8"
     )
     tier = tmp_path / "export" / "server"
     counts = [len(shard["vectors"]) for shard in shard_tensors(tier)]
-    assert sum(counts) == len(counts) == 6
+    assert sum(counts) == len(counts) == 12
     assert 0 in counts
     verify_files(tier, read_manifest(tier, "tier", 2, ExportError), ExportError)
-    assert duckdb.sql(f"SELECT count(*) FROM '{tier}/entities-*.parquet'").fetchall() == [(6,)]
+    assert duckdb.sql(f"SELECT count(*) FROM '{tier}/entities-*.parquet'").fetchall() == [(12,)]
 
 
 def test_hashes_of_names_are_fnv1a() -> None:
@@ -324,7 +326,7 @@ def test_names_with_every_length_of_utf8_survive_chunks_and_slices(tmp_path: Pat
     found = []
     for shard in shard_tensors(tmp_path / "export" / "t", "names"):
         text, ends = shard["entity_bytes"].tobytes(), shard["entity_offsets"]
-        found += [text[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)]
+        found += [text[a:b].decode() for a, b in itertools.pairwise(ends)]
     assert found == names
 
 
@@ -472,7 +474,7 @@ def test_one_export_of_a_run_at_a_time(tmp_path: Path) -> None:
 def test_parquet_pages_carry_checksums(tmp_path: Path) -> None:
     facts = model_facts()
     export(tmp_path / "export", facts, small_tables(facts, 200, 2), {"server": 12})
-    path = tmp_path / "export" / "server" / "entities.parquet"
+    path = tmp_path / "export" / "server" / "entities-00000-of-00001.parquet"
     original, draw = path.read_bytes(), random.Random(0)
     sound = pq.read_table(path)
     for _ in range(20):
@@ -486,29 +488,78 @@ def test_parquet_pages_carry_checksums(tmp_path: Path) -> None:
         assert table.equals(sound)  # a bit that no reader looks at
 
 
+def test_numbers_beyond_float16_are_refused_by_row(tmp_path: Path) -> None:
+    facts = model_facts()
+    tables = small_tables(facts, 90, 2)
+    tables.entities[71, 4] = 65_520  # rounds to infinity
+    with pytest.raises(ExportError, match="entity 71 has a column that float16 cannot hold"):
+        export(tmp_path / "export", facts, tables, TIERS, precision="float16", shard_rows=20)
+    tables.entities[71, 4] = 65_519
+    export(tmp_path / "export", facts, tables, TIERS, precision="float16", shard_rows=20)
+    assert by_id(tmp_path / "export" / "server")[71, 4] == 65_504
+
+
+def test_deltas_of_equal_tiers_are_refused(tmp_path: Path) -> None:
+    facts = model_facts()
+    with pytest.raises(ConfigError, match="delta needs tiers of different dims"):
+        export(tmp_path / "export", facts, small_tables(facts, 5, 2), {"a": 3, "b": 3, "c": 5}, layout="delta")
+    export(tmp_path / "export", facts, small_tables(facts, 5, 2), {"a": 3, "b": 3, "c": 5})
+    assert facts_of(tmp_path / "export" / "c")["cuts"] == [3, 5]
+
+
 # What a reader sees
 
 
-def marked_export(directory: Path, mark: int) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("sharding", ["range", "hash"])
+@pytest.mark.parametrize("scorer", ["rotate", "simple"])
+def test_readers_see_whole_deltas_and_joined_rows_alike(
+    tmp_path: Path, scorer: str, sharding: str, precision: str
+) -> None:
+    facts, form = model_facts(scorer), {"precision": precision, "sharding": sharding, "shard_rows": 20, "formats": ()}
+    tables = small_tables(facts, 50, 3)
+    export(tmp_path / "full", facts, tables, TIERS, **form)
+    export(tmp_path / "delta", facts, tables, TIERS, layout="delta", **form)
+    larger = grown(facts, tables, 25)
+    export(tmp_path / "rows", facts, larger, TIERS, base=tmp_path / "full", **form)
+    export(tmp_path / "later", facts, larger, TIERS, **form)
+    for name in TIERS:
+        full, delta, later = (Tier.open(tmp_path / place / name) for place in ("full", "delta", "later"))
+        assert np.array_equal(full.vectors(np.arange(50)), delta.vectors(np.arange(50)))
+        if precision == "float32":
+            assert np.array_equal(full.vectors(np.arange(50)), tables.entities[:, : full.columns])
+        assert full.top_k("e1", "r1", 5)[0] == delta.top_k("e1", "r1", 5)[0]
+        joined = full.upgrade(tmp_path / "rows" / name)
+        assert np.array_equal(joined.vectors(np.arange(75)), later.vectors(np.arange(75)))
+        assert joined.entity_id("e74") == 74
+        assert joined.top_k("e60", "r3", 5)[0] == later.top_k("e60", "r3", 5)[0]
+
+
+def marked_export(directory: Path, mark: int, layout: str = "full") -> None:
     """Export a model all of whose columns, and whose step, are `mark`."""
     facts = model_facts("distmult", step=mark)
     tables = small_tables(facts, 60, 2)
     tables.entities[:] = mark
     tables.relation_rows[:] = mark
-    export(directory, facts, tables, {"phone": 3, "server": 12}, shard_rows=25)
+    export(directory, facts, tables, {"phone": 3, "server": 12}, shard_rows=25, layout=layout, threads=1)
 
 
 def read_mark(tier: Path) -> int:
     """Open a tier with every check and return the one mark that all of it carries."""
-    opened = Tier.open(tier)
+    opened = Tier.open(tier, verify="always")
     mark = opened.facts["step"]
     assert np.unique(opened.vectors(np.arange(60))).tolist() == [mark]
-    assert opened.score_tails(0, 0) == pytest.approx(np.full(60, opened.dim * mark**3))
+    assert opened.score("e0", "r0", np.arange(60)) == pytest.approx(np.full(60, opened.dim * mark**3))
     return int(mark)
 
 
-def test_a_polling_reader_sees_the_old_export_or_the_new(tmp_path: Path) -> None:
-    marked_export(tmp_path / "export", 1)
+def step_of(link: Path) -> int:
+    return int(link.resolve().name.partition("-step-")[2])
+
+
+@pytest.mark.parametrize("layout", ["full", "delta"])
+def test_a_polling_reader_sees_the_old_export_or_the_new(tmp_path: Path, layout: str) -> None:
+    marked_export(tmp_path / "export", 1, layout)
     seen: list[int] = []
     failures: list[BaseException] = []
     stop = threading.Event()
@@ -523,16 +574,50 @@ def test_a_polling_reader_sees_the_old_export_or_the_new(tmp_path: Path) -> None
     readers = [threading.Thread(target=poll, args=(name,)) for name in ("phone", "server")]
     for reader in readers:
         reader.start()
-    for mark in range(2, 16):
-        marked_export(tmp_path / "export", mark)
+    for mark in range(2, 12):
+        marked_export(tmp_path / "export", mark, layout)
     stop.set()
     for reader in readers:
         reader.join()
     assert not failures, failures[0]
     assert len(set(seen)) > 3
-    assert read_mark(tmp_path / "export" / "phone") == 15
-    versions = [path.name for path in (tmp_path / "export-versions").iterdir() if path.is_dir()]
-    assert versions == ["000015-step-15"]
+    assert read_mark(tmp_path / "export" / "phone") == 11
+    versions = [path.name for path in versions_of(tmp_path / "export")]
+    assert versions == ["000010-step-10", "000011-step-11"]
+
+
+def test_going_back_leads_to_the_version_before(tmp_path: Path) -> None:
+    link = tmp_path / "export"
+    with pytest.raises(ExportError, match="not a published export"):
+        roll_back(link)
+    marked_export(link, 1)
+    with pytest.raises(ExportError, match="no version before"):
+        roll_back(link)
+    marked_export(link, 2)
+    marked_export(link, 3)
+    assert [step_of(path) for path in versions_of(link)] == [2, 3]
+    with run_lock(tmp_path / "export-versions"), pytest.raises(RunLockedError):
+        roll_back(link)
+    version, step = roll_back(link)
+    assert (version.name, step) == ("000002-step-2", 2)
+    assert read_mark(link / "server") == 2
+    with pytest.raises(ExportError, match="no version before"):
+        roll_back(link)
+    # What was gone back from is not what the next one is taken back to.
+    marked_export(link, 4)
+    assert [step_of(path) for path in versions_of(link)] == [2, 4]
+    damaged = link.resolve().with_name("000002-step-2") / "phone" / "relations.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(ExportError, match=r"stays at 000004-step-4.*relations.safetensors is damaged"):
+        roll_back(link)
+    assert read_mark(link / "phone") == 4
+
+
+def test_as_many_versions_as_asked_for_are_kept(tmp_path: Path) -> None:
+    facts = model_facts()
+    for step in range(6):
+        export(tmp_path / "export", model_facts(step=step), small_tables(facts, 5, 2), {"t": 3}, keep=3, formats=())
+    assert [step_of(path) for path in versions_of(tmp_path / "export")] == [3, 4, 5]
 
 
 EXPORTER = """
@@ -541,59 +626,87 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_split import marked_export
 {setup}
-for mark in range({first}, {first} + 3):
-    marked_export(Path({directory!r}), mark)
+for mark in range({first}, {first} + {number}):
+    marked_export(Path({directory!r}), mark, {layout!r})
 """
 
 
-def start_exporter(directory: Path, first: int, setup: str = "", fault: str = "") -> subprocess.Popen[str]:
-    program = EXPORTER.format(tests=str(Path(__file__).parent), setup=setup, first=first, directory=str(directory))
+def start_exporter(
+    directory: Path, first: int, setup: str = "", fault: str = "", layout: str = "full", number: int = 3
+) -> subprocess.Popen[str]:
+    program = EXPORTER.format(
+        tests=str(Path(__file__).parent), setup=setup, first=first, directory=str(directory), layout=layout,
+        number=number,
+    )  # fmt: skip
     environment = os.environ | {"MEDSCALE_FAULT": fault}
     return subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(
-    ("fault", "survivor"),
+    ("fault", "layout", "survivor"),
     [
-        ("after-shard:5", 1), ("after-shard:17", 5),
-        ("before-manifest:2", 1), ("before-rename:1", 1), ("after-rename:1", 1), ("during-retire:1", 5),
+        ("after-shard:7", "full", 1), ("after-shard:29", "delta", 5),
+        ("before-manifest:2", "full", 1), ("before-rename:1", "delta", 1), ("after-rename:1", "full", 1),
+        ("during-retire:1", "full", 6),
     ],
 )  # fmt: skip
-def test_a_killed_export_leaves_a_whole_one(tmp_path: Path, fault: str, survivor: int) -> None:
+def test_a_killed_export_leaves_a_whole_one(tmp_path: Path, fault: str, layout: str, survivor: int) -> None:
     directory = tmp_path / "export"
-    marked_export(directory, 1)
-    process = start_exporter(directory, 5, fault=fault)
+    marked_export(directory, 1, layout)
+    process = start_exporter(directory, 5, fault=fault, layout=layout)
     while process.poll() is None:
         assert read_mark(directory / "phone") in (1, 5, 6, 7)
         assert read_mark(directory / "server") in (1, 5, 6, 7)
         time.sleep(0.005)  # leaves the exporter some of the machine
     assert process.returncode == -signal.SIGKILL, process.stderr and process.stderr.read()
     assert read_mark(directory / "phone") == read_mark(directory / "server") == survivor
-    marked_export(directory, 9)
+    marked_export(directory, 9, layout)
     assert read_mark(directory / "server") == 9
     left = sorted(path.name for path in (tmp_path / "export-versions").iterdir())
-    assert len(left) == 2, left  # the current version and the lock
+    assert len(left) == 3, left  # the current version, the one before it, and the lock
+    assert [step_of(path) for path in versions_of(directory)] == [survivor, 9]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "export-versions"]
 
 
-def test_exports_killed_at_any_moment_leave_a_whole_one(tmp_path: Path) -> None:
-    directory, draw = tmp_path / "export", random.Random(0)
-    marked_export(directory, 1)
-    for round_number in range(3):
-        process = start_exporter(directory, 10 * round_number + 10)
+def killed_at_any_moment(directory: Path, rounds: int, layout: str) -> None:
+    """Kill exporters at random moments while a reader verifies in a loop; it must never see a damaged export."""
+    draw, marks = random.Random(0), {1}
+    marked_export(directory, 1, layout)
+    for number in range(1, rounds + 1):
+        process = start_exporter(directory, 100 * number, layout=layout, number=50)
+        marks |= set(range(100 * number, 100 * number + 50))
+        begun, ends = False, draw.uniform(0, 0.3)
         while process.poll() is None:
-            mark = read_mark(directory / "phone")
-            if mark >= 10 * round_number + 10 or draw.random() < 0.01:
+            mark = read_mark(directory / draw.choice(("phone", "server")))
+            assert mark in marks
+            begun = begun or mark >= 100 * number
+            # Importing takes longest: the moment is drawn among those in which it exports.
+            if begun and draw.random() < 0.2:
+                time.sleep(ends)
                 process.kill()
         process.wait()
-        assert read_mark(directory / "phone") == read_mark(directory / "server")
+        assert process.returncode == -signal.SIGKILL, process.stderr and process.stderr.read()
+        assert read_mark(directory / "phone") == read_mark(directory / "server") >= 100 * number
+    marked_export(directory, 99_999, layout)
+    left = {path.name for path in directory.with_name("export-versions").iterdir() if path.is_dir()}
+    assert left == {path.name for path in versions_of(directory)}
+
+
+def test_exports_killed_at_any_moment_leave_a_whole_one(tmp_path: Path) -> None:
+    killed_at_any_moment(tmp_path / "export", 2, "delta")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["full", "delta"])
+def test_thirty_killed_exports_leave_a_whole_one(tmp_path: Path, layout: str) -> None:
+    killed_at_any_moment(tmp_path / "export", 15, layout)
 
 
 def test_a_full_disk_leaves_the_old_export(tmp_path: Path) -> None:
     directory = tmp_path / "export"
     marked_export(directory, 1)
     before = digests(directory)
-    for limit in (700, 3500):
+    for limit in (400, 2000):
         setup = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
         process = start_exporter(directory, 5, setup=setup)
         _, errors = process.communicate(timeout=60)
@@ -602,3 +715,33 @@ def test_a_full_disk_leaves_the_old_export(tmp_path: Path) -> None:
         assert digests(directory) == before
         assert not [path for path in (tmp_path / "export-versions").iterdir() if path.name.endswith(".tmp")]
     assert read_mark(directory / "server") == 1
+
+
+def test_files_are_durable_before_the_name_and_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    real_fsync, real_rename, real_replace = os.fsync, Path.rename, Path.replace
+
+    def fsync(handle: int) -> None:
+        done.append(("fsync", str(Path(f"/proc/self/fd/{handle}").readlink())))
+        real_fsync(handle)
+
+    def rename(self: Path, target: Path) -> Path:
+        done.append(("rename", str(self)))
+        return real_rename(self, target)
+
+    def replace(self: Path, target: Path) -> Path:
+        done.append(("rename", str(self)))
+        return real_replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", replace)
+    marked_export(tmp_path / "export", 1)
+    draft, versions = tmp_path / "export-versions" / "000001-step-1.tmp", tmp_path / "export-versions"
+    published, linked = done.index(("rename", str(draft))), done.index(("rename", str(tmp_path / "export.tmp")))
+    early = {path for what, path in done[:published] if what == "fsync"}
+    files = {str(draft / p.relative_to(versions / "000001-step-1")) for p in (versions / "000001-step-1").rglob("*")}
+    assert len(files) > 20
+    assert files | {str(draft)} <= early
+    assert published < done.index(("fsync", str(versions)), published) < linked
+    assert done[-1] == ("fsync", str(tmp_path))
