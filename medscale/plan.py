@@ -20,7 +20,7 @@ from medscale import memory as memory_module
 from medscale import pace as pace_module
 from medscale import traffic as traffic_module
 from medscale.capacity import Limits, advice_on, in_gib, limits_of, on_cuda, require_memory
-from medscale.config import Job, conflicts
+from medscale.config import DISTANCES, Job, conflicts
 from medscale.errors import CapacityError, ConfigError
 from medscale.graph.census import take_census
 from medscale.graph.reader import graph_exists, open_graph
@@ -86,13 +86,30 @@ def plan(job: Job, size: GraphSize, speeds: Speeds | None = None) -> Plan:
         disk={
             "graph": 3 * INT * (size.num_train + size.num_valid + size.num_test) + names,
             "checkpoints": (job.checkpoint.keep + 2) * FLOAT * (row * layout.num_entities + relations),
-            "export": sum(2 * FLOAT * layout.num_parameters(dim) + 2 * names for dim in job.model.tiers.values()),
+            "export": _export_bytes(job, layout, names),
         },
         parameters={tier: layout.num_parameters(dim) for tier, dim in job.model.tiers.items()},
         steps_per_epoch=steps,
         total_steps=steps * job.train.epochs,
         steps_are_exact=exact,
     )
+
+
+def _export_bytes(job: Job, layout: Layout, names: int) -> int:
+    """Return the bytes of one export; another one takes as much, until `export.keep` are there."""
+    number = {"float32": FLOAT, "float16": FLOAT / 2, "int8": 1, "int4": 0.5}[job.export.precision]
+    copy = {"float16": FLOAT / 2}.get(job.export.precision, FLOAT) if "parquet" in job.export.formats else 0
+    copies = 2 if copy else 1
+    scales, norms = job.export.precision in ("int8", "int4"), job.model.scorer not in DISTANCES
+    written, below = 0.0, 0
+    for cuts, dim in enumerate(sorted(job.model.tiers.values()), 1):
+        numbers = (dim - below) * layout.scorer.unit_columns * layout.num_entities
+        relations = (dim - below) * layout.scorer.relation_unit_columns * layout.num_relation_rows
+        # A scale per row and cut, and a norm.
+        margins = (scales + norms) * FLOAT * layout.num_entities * (1 if below else cuts)
+        written += (number + copy) * numbers + copies * FLOAT * relations + margins + (0 if below else copies * names)
+        below = dim if job.export.layout == "delta" else 0
+    return math.ceil(written)
 
 
 def _placement_in_words(layout: Layout, placement: Placement, workers: int) -> str:

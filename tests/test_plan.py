@@ -172,3 +172,20 @@ def test_the_paper_plan_is_what_the_plan_counts() -> None:
     command = [sys.executable, "tools/plan_table.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_bytes_of_an_export_follow_layout_precision_and_formats() -> None:
+    job = load_job(SKG)
+    size = GraphSize(1_000_000, 10, 10**7, 0, 0, "given")
+
+    def predicted(**section: Any) -> float:
+        return (
+            plan(dataclasses.replace(job, export=dataclasses.replace(job.export, **section)), size).disk["export"] / 1e6
+        )
+
+    numbers = 10 + 100 + 500
+    assert predicted() == pytest.approx(2 * 4 * numbers, rel=0.11)
+    assert predicted(formats=()) == pytest.approx(4 * numbers, rel=0.11)
+    assert predicted(formats=(), layout="delta") == pytest.approx(4 * 500, rel=0.05)
+    assert predicted(formats=(), precision="int8") == pytest.approx(numbers + 3 * 40 + 4 * 6, rel=0.01)
+    assert predicted(formats=("parquet",), precision="float16") == pytest.approx(4 * numbers, rel=0.11)

@@ -1,15 +1,17 @@
 """Cutting tables into tiers: exact columns, equal bytes, and a reader that never sees half an export."""
 
+import errno
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
+import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -620,26 +622,28 @@ def test_as_many_versions_as_asked_for_are_kept(tmp_path: Path) -> None:
     assert [step_of(path) for path in versions_of(tmp_path / "export")] == [3, 4, 5]
 
 
-EXPORTER = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_split import marked_export
-{setup}
-for mark in range({first}, {first} + {number}):
-    marked_export(Path({directory!r}), mark, {layout!r})
-"""
+def export_marks(directory: Path, marks: range, layout: str, fault: str, most_bytes: int | None) -> None:
+    """Export marks one after the other, in a process of its own; its exit code is the number of an OSError."""
+    os.environ["MEDSCALE_FAULT"] = fault
+    if most_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    try:
+        for mark in marks:
+            marked_export(directory, mark, layout)
+    except OSError as error:
+        os._exit(error.errno or 1)
+    os._exit(0)
 
 
 def start_exporter(
-    directory: Path, first: int, setup: str = "", fault: str = "", layout: str = "full", number: int = 3
-) -> subprocess.Popen[str]:
-    program = EXPORTER.format(
-        tests=str(Path(__file__).parent), setup=setup, first=first, directory=str(directory), layout=layout,
-        number=number,
-    )  # fmt: skip
-    environment = os.environ | {"MEDSCALE_FAULT": fault}
-    return subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+    directory: Path, marks: range, layout: str = "full", fault: str = "", most_bytes: int | None = None
+) -> BaseProcess:
+    """Start `export_marks` in a child, forked from a server that has imported everything once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["medscale.split", "duckdb", "pytest", "safetensors.numpy"])
+    process = context.Process(target=export_marks, args=(directory, marks, layout, fault, most_bytes))
+    process.start()
+    return process
 
 
 @pytest.mark.parametrize(
@@ -653,12 +657,12 @@ def start_exporter(
 def test_a_killed_export_leaves_a_whole_one(tmp_path: Path, fault: str, layout: str, survivor: int) -> None:
     directory = tmp_path / "export"
     marked_export(directory, 1, layout)
-    process = start_exporter(directory, 5, fault=fault, layout=layout)
-    while process.poll() is None:
+    process = start_exporter(directory, range(5, 8), layout, fault)
+    while process.is_alive():
         assert read_mark(directory / "phone") in (1, 5, 6, 7)
         assert read_mark(directory / "server") in (1, 5, 6, 7)
         time.sleep(0.005)  # leaves the exporter some of the machine
-    assert process.returncode == -signal.SIGKILL, process.stderr and process.stderr.read()
+    assert process.exitcode == -signal.SIGKILL
     assert read_mark(directory / "phone") == read_mark(directory / "server") == survivor
     marked_export(directory, 9, layout)
     assert read_mark(directory / "server") == 9
@@ -673,27 +677,26 @@ def killed_at_any_moment(directory: Path, rounds: int, layout: str) -> None:
     draw, marks = random.Random(0), {1}
     marked_export(directory, 1, layout)
     for number in range(1, rounds + 1):
-        process = start_exporter(directory, 100 * number, layout=layout, number=50)
-        marks |= set(range(100 * number, 100 * number + 50))
-        begun, ends = False, draw.uniform(0, 0.3)
-        while process.poll() is None:
+        these = range(100 * number, 100 * number + 50)
+        process = start_exporter(directory, these, layout)
+        marks |= set(these)
+        while process.is_alive():
             mark = read_mark(directory / draw.choice(("phone", "server")))
             assert mark in marks
-            begun = begun or mark >= 100 * number
-            # Importing takes longest: the moment is drawn among those in which it exports.
-            if begun and draw.random() < 0.2:
-                time.sleep(ends)
+            if mark in these and draw.random() < 0.2:
+                time.sleep(draw.uniform(0, 0.2))
                 process.kill()
-        process.wait()
-        assert process.returncode == -signal.SIGKILL, process.stderr and process.stderr.read()
-        assert read_mark(directory / "phone") == read_mark(directory / "server") >= 100 * number
+                process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert read_mark(directory / "phone") == read_mark(directory / "server")
+        assert read_mark(directory / "phone") in these
     marked_export(directory, 99_999, layout)
     left = {path.name for path in directory.with_name("export-versions").iterdir() if path.is_dir()}
     assert left == {path.name for path in versions_of(directory)}
 
 
 def test_exports_killed_at_any_moment_leave_a_whole_one(tmp_path: Path) -> None:
-    killed_at_any_moment(tmp_path / "export", 2, "delta")
+    killed_at_any_moment(tmp_path / "export", 3, "delta")
 
 
 @pytest.mark.slow
@@ -706,12 +709,10 @@ def test_a_full_disk_leaves_the_old_export(tmp_path: Path) -> None:
     directory = tmp_path / "export"
     marked_export(directory, 1)
     before = digests(directory)
-    for limit in (400, 2000):
-        setup = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
-        process = start_exporter(directory, 5, setup=setup)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 1
-        assert "File too large" in errors
+    for most_bytes in (400, 2000):
+        process = start_exporter(directory, range(5, 6), most_bytes=most_bytes)
+        process.join(60)
+        assert process.exitcode == errno.EFBIG
         assert digests(directory) == before
         assert not [path for path in (tmp_path / "export-versions").iterdir() if path.name.endswith(".tmp")]
     assert read_mark(directory / "server") == 1
