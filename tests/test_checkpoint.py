@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
 from toy import toy_job
 
-from medscale import checkpoint
+from medscale import checkpoint, pieces
 from medscale.checkpoint import (
     MUTABLE_KEYS,
     changed_keys,
@@ -34,6 +35,7 @@ from medscale.distributed import process_group
 from medscale.errors import CheckpointError, RunLockedError
 from medscale.graph.reader import Graph
 from medscale.jobfile import job_to_mapping
+from medscale.pieces import StoredRows
 from medscale.storage import run_lock
 from medscale.trainer import Trainer
 
@@ -315,6 +317,50 @@ def test_tables_in_pieces_come_back_and_take_little_memory_to_save(
     load(verify(newest_checkpoint(tmp_path / "large")), {"entities": back}, collective=False)
     for name, tensor in large.items():
         assert torch.equal(back[name], tensor.local_shards()[0].tensor)
+
+
+@pytest.mark.usefixtures("group")
+def test_rows_are_read_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tables in one piece, and in pieces whose last is shorter; against what DCP loads; a window at a time."""
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 4 * 12 * 30)
+    monkeypatch.setattr(pieces, "WINDOW_BYTES", 4 * 12 * 7)
+    draw = torch.Generator().manual_seed(0)
+    plain = {"one": torch.randn(100, 12, generator=draw), "two": torch.randn(100, 5, generator=draw)}
+    state = {"entities": {"one": _sharded(plain["one"]), "two": plain["two"]}, "steps": 3, "other": torch.ones(7)}
+    stored = StoredRows(save(tmp_path, state, {"step": 1}) / "state", {"entities.one": 12, "entities.two": 5}, 100)
+    assert [len(found) for found in stored._pieces.values()] == [4, 1]
+    for name, table in plain.items():
+        for start, stop in ((0, 100), (29, 31), (30, 60), (99, 100), (50, 50)):
+            assert np.array_equal(stored.read(f"entities.{name}", start, stop), table[start:stop].numpy())
+        for ids in ([], [0], [99], [0, 6, 7, 29, 30, 98], list(range(100))):
+            assert np.array_equal(stored.pick(f"entities.{name}", np.array(ids, np.int64)), table[ids].numpy())
+    threads = [threading.Thread(target=stored.read, args=("entities.one", 0, 100)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.usefixtures("group")
+def test_rows_that_are_not_what_they_should_be_are_refused(tmp_path: Path) -> None:
+    directory = save(tmp_path, {"entities": {"one": torch.rand(10, 4)}}, {"step": 1}) / "state"
+    for widths, rows in (({"entities.one": 5}, 10), ({"entities.one": 4}, 11), ({"entities.two": 4}, 10)):
+        with pytest.raises(CheckpointError, match="cannot be read by rows"):
+            StoredRows(directory, widths, rows)
+    save(tmp_path, {"entities": {"one": torch.rand(10, 4).double()}}, {"step": 2})
+    with pytest.raises(CheckpointError, match="should be float32"):
+        StoredRows(newest_checkpoint(tmp_path) / "state", {"entities.one": 4}, 10)
+    stored = StoredRows(directory, {"entities.one": 4}, 10)
+    (path,) = directory.glob("*.distcp")
+    content = path.read_bytes()
+    path.write_bytes(content[:400])
+    with pytest.raises(CheckpointError, match=f"{path.name} "):
+        stored.read("entities.one", 0, 10)
+    with pytest.raises(CheckpointError, match=f"{path.name} "):
+        stored.pick("entities.one", np.arange(10))
+    path.unlink()
+    with pytest.raises(CheckpointError, match="may have retired it"):
+        stored.read("entities.one", 0, 10)
 
 
 def _sharded(tensor: torch.Tensor) -> ShardedTensor:

@@ -1,20 +1,24 @@
 """`medscale export`: a checkpoint of a real graph becomes tiers, or one clear sentence."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from medscale.checkpoint import layout_facts, open_tables, save
 from medscale.config import Job
 from medscale.errors import ConfigError
 from medscale.export import main, parse_tiers
-from medscale.jobfile import load_job
+from medscale.jobfile import dump_job, load_job
 from medscale.model.layout import layout_of
 from medscale.prepare import prepare
 from medscale.runtime import Tier
+from medscale.runtime.shards import map_tensors
 
 JOB = """
 name: little
@@ -34,10 +38,10 @@ train:
 class Run:
     """A job with its graph and a checkpoint of random tables, as training would have committed it."""
 
-    def __init__(self, root: Path, data_dir: Path) -> None:
+    def __init__(self, root: Path, data_dir: Path, text: str = JOB) -> None:
         self.root = root
         self.job_file = root / "job.yaml"
-        self.job_file.write_text(JOB)
+        self.job_file.write_text(text)
         self.job: Job = load_job(self.job_file)
         self.graph = prepare(self.job, data_root=data_dir, graphs_root=root / "graphs")
 
@@ -51,9 +55,9 @@ class Run:
         }  # fmt: skip
         return save(self.root / "runs" / "little", {"entities": entities, "dense": {"relations": relations}}, facts)
 
-    def export(self, *arguments: str) -> int:
+    def export(self, *arguments: str, path: Path | None = None) -> int:
         folders = ["--runs-dir", str(self.root / "runs"), "--graphs-dir", str(self.root / "graphs")]
-        return main([str(self.job_file), *folders, *arguments])
+        return main([str(path or self.job_file), *folders, *arguments])
 
     def tier(self, name: str) -> Tier:
         return Tier.open(self.root / "runs" / "little" / "export" / name)
@@ -92,6 +96,126 @@ def test_the_newest_step_is_cut_or_the_one_asked_for(run: Run) -> None:
     assert sorted(p.name for p in (run.root / "runs" / "little" / "export").iterdir()) == ["watch"]
 
 
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    found = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in sorted(found.items()) if ".verified" not in name}
+
+
+def test_a_run_directory_names_its_job(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.commit(7)
+    directory = run.root / "runs" / "little"
+    assert run.export(path=directory) == 2
+    assert "holds no job.yaml" in capsys.readouterr().err
+    (directory / "job.yaml").write_text(dump_job(run.job))
+    elsewhere = directory.rename(run.root / "moved")
+    assert run.export(path=elsewhere) == 0
+    assert Tier.open(elsewhere / "export" / "phone").facts["step"] == 7
+
+
+def test_options_are_for_the_jobs_keys(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.commit(7)
+    out = run.root / "shipped"
+    form = ("--layout", "delta", "--precision", "int8", "--sharding", "hash", "--shard-rows", "50")
+    assert run.export("--out", str(out), "--tiers", "phone=3,pc=6,server=12", *form) == 0
+    printed = capsys.readouterr().out
+    assert "delta" in printed
+    assert "MB/s" in printed
+    assert printed.splitlines()[-1] == str(out)
+    assert not (run.root / "runs" / "little" / "export").exists()
+    tier = Tier.open(out / "server")
+    facts = {key: tier.facts[key] for key in ("layout", "precision", "sharding", "shard_rows", "num_shards", "cuts")}
+    assert facts == {
+        "layout": "delta", "precision": "int8", "sharding": "hash", "shard_rows": 50, "num_shards": 3,
+        "cuts": [3, 6, 12],
+    }  # fmt: skip
+    rows = open_tables(run.root / "runs/little/checkpoints/step-000000007").entity_columns(0, 135, 24)
+    names = run.graph.entity_names().to_pylist()
+    found = tier.vectors(names)
+    assert np.abs(found - rows).max() <= np.abs(rows).max() / 254 * 1.01
+
+
+def test_tasks_of_ray_write_the_same_bytes(run: Run) -> None:
+    run.commit(7)
+    form = ("--layout", "delta", "--precision", "int8", "--shard-rows", "20")
+    for sharding in ("range", "hash"):
+        one, two = run.root / f"one-{sharding}", run.root / f"two-{sharding}"
+        assert run.export("--out", str(one), "--sharding", sharding, *form) == 0
+        if not ray.is_initialized():
+            ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+        assert run.export("--out", str(two), "--sharding", sharding, "--tasks", "2", *form) == 0
+        assert bytes_of(one.resolve()) == bytes_of(two.resolve())
+    ray.shutdown()
+
+
+def test_rollback_returns_to_the_export_before(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.export("--rollback") == 8
+    assert "not a published export" in capsys.readouterr().err
+    for step in (7, 9):
+        run.commit(step)
+        assert run.export() == 0
+    assert run.tier("phone").facts["step"] == 9
+    capsys.readouterr()
+    assert run.export("--rollback") == 0
+    assert "is the export of step 7 again" in capsys.readouterr().out
+    assert run.tier("phone").facts["step"] == 7
+    assert run.export("--rollback") == 8
+    assert "no version before" in capsys.readouterr().err
+
+
+def test_types_of_entities_are_shipped(tmp_path: Path) -> None:
+    """Of an entity's types the first by name counts; an entity may have none."""
+    (tmp_path / "data").mkdir()
+    triples = "\n".join(f"e{i}\tr\te{(i + 1) % 9}" for i in range(9)) + "\n"
+    (tmp_path / "data" / "t.tsv").write_text(triples)
+    (tmp_path / "data" / "types.tsv").write_text("e1\tuser\ne2\tuser\ne2\tcity\ne5\tcity\n")
+    text = JOB.replace("umls/train.tsv", "t.tsv").replace("umls/valid.tsv", "t.tsv").replace("umls/test.tsv", "t.tsv")
+    typed = "  entity_types: types.tsv\n  columns: [head, relation, tail]\nmodel:"
+    run = Run(tmp_path, tmp_path / "data", text.replace("model:", typed))
+    assert run.graph.first_types() is not None
+    run.commit(7)
+    assert run.export("--shard-rows", "4") == 0
+    tier = run.tier("server")
+    assert tier.facts["entity_types"] == ["city", "user"]
+    codes = [
+        code
+        for number in range(3)
+        for code in map_tensors(run.root / f"runs/little/export/server/names-{number:05d}-of-00003.safetensors")[
+            "entity_type"
+        ].tolist()
+    ]
+    expected = {"e1": 1, "e2": 0, "e5": 0}
+    assert codes == [expected.get(name, -1) for name in run.graph.entity_names().to_pylist()]
+
+
+def test_a_checkpoint_larger_than_memory_would_be_cut_in_portions(run: Run) -> None:
+    """Of tables of 64 MB, only portions are in memory, whatever the number of threads."""
+    layout = layout_of(run.job.model, 700_000, 2)
+    generator = torch.Generator().manual_seed(0)
+    entities = {b.name: torch.randn(700_000, b.width, generator=generator) for b in layout.blocks}
+    state = {"entities": entities, "dense": {"relations": torch.randn(2, layout.num_relation_columns)}}
+    directory = save(run.root / "large", state, {"step": 1, **layout_facts(layout, "l1")})
+    program = f"""
+import resource, sys
+from pathlib import Path
+import pyarrow as pa
+from medscale.checkpoint import open_tables
+from medscale.config import ExportSection
+from medscale.split import ModelFacts, write_export
+tables = open_tables(Path({str(directory)!r}))
+names = pa.array([str(i) for i in range(700_000)])
+facts = ModelFacts(run="r", step=1, graph="g", graph_sha256="0", scorer="rotate", norm="l1", damping=(1.0, 1.0),
+    dims=(3, 6, 12), reciprocal=False)
+def export(rows, place):
+    write_export(tables, names.slice(0, rows), pa.array(["a", "b"]), facts, {{"phone": 3, "server": 12}}, Path(place),
+        ExportSection(shard_rows=100_000), chunk_bytes=1 << 20, threads=2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+small = export(100_000, {str(run.root / "small")!r})
+print(export(700_000, {str(run.root / "all")!r}) - small)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(ended.stdout) < 45, "MiB; the tables have 64"
+
+
 def nothing(run: Run) -> None:
     pass
 
@@ -121,6 +245,8 @@ def in_the_way(run: Run) -> None:
         (in_the_way, (), 8, "move it away"),
         (lambda run: run.commit(7), ("--tiers", "phone=4,tv=99"), 2, "tier tv: dim 99 is not one of"),
         (lambda run: run.commit(7), ("--step", "8"), 4, "no step 8"),
+        (lambda run: run.commit(7), ("--onto", "nowhere"), 8, "nowhere is no export"),
+        (lambda run: run.commit(7), ("--layout", "delta", "--tiers", "a=3,b=3"), 2, "delta needs tiers of different"),
     ],
 )
 def test_what_cannot_be_exported_ends_in_one_sentence(
