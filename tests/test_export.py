@@ -40,20 +40,29 @@ class Run:
 
     def __init__(self, root: Path, data_dir: Path, text: str = JOB) -> None:
         self.root = root
+        root.mkdir(exist_ok=True)
         self.job_file = root / "job.yaml"
         self.job_file.write_text(text)
         self.job: Job = load_job(self.job_file)
         self.graph = prepare(self.job, data_root=data_dir, graphs_root=root / "graphs")
 
-    def commit(self, step: int, graph_sha256: str | None = None) -> Path:
+    def commit(self, step: int, graph_sha256: str | None = None, first: Path | None = None) -> Path:
+        """Commit a step; its first rows are those of another checkpoint, if one is given."""
         layout = layout_of(self.job.model, self.graph.num_entities, self.graph.num_relations)
         draw = torch.Generator().manual_seed(step)
         entities = {b.name: torch.randn(layout.num_entities, b.width, generator=draw) for b in layout.blocks}
         relations = torch.randn(layout.num_relation_rows, layout.num_relation_columns, generator=draw)
+        if first is not None:
+            old = open_tables(first)
+            for block, rows in zip(layout.blocks, old.rows().blocks, strict=True):
+                entities[block.name][: len(rows)] = rows
+            relations[: len(old.relation_table)] = old.relation_table
         facts = {
             "step": step, "graph_sha256": graph_sha256 or self.graph.sha256, **layout_facts(layout, "l1"),
         }  # fmt: skip
-        return save(self.root / "runs" / "little", {"entities": entities, "dense": {"relations": relations}}, facts)
+        return save(
+            self.root / "runs" / self.job.name, {"entities": entities, "dense": {"relations": relations}}, facts
+        )
 
     def export(self, *arguments: str, path: Path | None = None) -> int:
         folders = ["--runs-dir", str(self.root / "runs"), "--graphs-dir", str(self.root / "graphs")]
@@ -160,6 +169,43 @@ def test_rollback_returns_to_the_export_before(run: Run, capsys: pytest.CaptureF
     assert run.tier("phone").facts["step"] == 7
     assert run.export("--rollback") == 8
     assert "no version before" in capsys.readouterr().err
+
+
+def test_entities_that_joined_go_onto_the_export_of_the_run_before(
+    run: Run, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names after all others, so that old ids stay: `train --extend` keeps them wherever the names belong."""
+    parent = run.commit(7)
+    assert run.export("--shard-rows", "50", "--precision", "int8") == 0
+    shipped = run.root / "runs/little/export"
+    data = tmp_path / "more" / "umls"
+    data.mkdir(parents=True)
+    for split in ("train", "valid", "test"):
+        (data / f"{split}.tsv").write_bytes((data_dir / "umls" / f"{split}.tsv").read_bytes())
+    relation = run.graph.relation_names()[0].as_py()
+    with (data / "train.tsv").open("a") as file:
+        file.writelines(f"zzz{i}\t{relation}\tzzz{i + 1}\n" for i in range(5))
+    child = Run(tmp_path / "child", tmp_path / "more", JOB.replace("name: little", "name: grown"))
+    assert child.graph.num_entities == 135 + 6
+    child.commit(3, first=parent)
+    assert child.export("--onto", str(shipped)) == 0
+    assert "rows" in capsys.readouterr().out
+    assert child.export("--out", str(tmp_path / "whole"), "--precision", "int8", "--shard-rows", "50") == 0
+    for name in ("phone", "server"):
+        rows = child.root / "runs/grown/export" / name
+        joined, old = Tier.open(shipped / name).upgrade(rows), Tier.open(shipped / name)
+        assert joined.num_entities == old.num_entities + 6 == 141
+        # A whole export of the larger run has the same numbers.
+        assert np.array_equal(
+            joined.vectors(np.arange(141)), Tier.open(tmp_path / "whole" / name).vectors(np.arange(141))
+        )
+        assert joined.entity_id("zzz4") == 139
+    child.commit(4)
+    assert child.export("--onto", str(shipped), "--step", "4") == 8
+    assert "old rows have moved" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        child.export("--onto", str(shipped), "--precision", "int8")
+    assert "--precision is that of the export that --onto names" in capsys.readouterr().err
 
 
 def test_types_of_entities_are_shipped(tmp_path: Path) -> None:
