@@ -19,7 +19,7 @@ from medscale.errors import ExportError
 from medscale.logs import Advance
 from medscale.runtime.files import shard_name, shard_names_name
 from medscale.runtime.precision import Precision, decode, encode, stored_dtype, stored_width
-from medscale.tierfiles import ParquetRows, RowsFile, fixed_size_list, name_tensors, octets, write_tensors
+from medscale.tierfiles import ParquetRows, RowsFile, fixed_size_list, list_type, name_tensors, octets, write_tensors
 
 __all__ = [
     "Entities", "Form", "Shard", "TableSource", "TierForm", "WrittenShard", "check_finite", "hash_shard", "norms_up",
@@ -289,9 +289,9 @@ class _TierFiles:
         self.parquet: ParquetRows | None = None
         if form.parquet:
             number = pa.float16() if form.precision == "float16" else pa.float32()
-            fields = [("id", pa.int64()), ("name", pa.string()), ("vector", pa.list_(number, sum(widths)))]
-            schema = pa.schema([field for field in fields if tier.has_names or field[0] != "name"])
-            self.parquet = ParquetRows(self.rows.path.with_suffix(".parquet"), schema)
+            columns = {"id": pa.int64()} | ({"name": pa.string()} if tier.has_names else {})
+            columns |= {"vector": list_type(number, sum(widths))}
+            self.parquet = ParquetRows(self.rows.path.with_suffix(".parquet"), columns)
         if tier.has_names:
             tensors = name_tensors("entity", shard.names)
             if shard.types is not None:

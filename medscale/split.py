@@ -40,7 +40,7 @@ from medscale.shardfiles import (
     write_shard,
 )
 from medscale.storage import safe_join
-from medscale.tierfiles import ParquetRows, fixed_size_list, name_tensors, write_tensors
+from medscale.tierfiles import ParquetRows, fixed_size_list, list_type, name_tensors, write_tensors
 from medscale.versions import publication
 
 __all__ = [
@@ -48,9 +48,9 @@ __all__ = [
 ]  # fmt: skip
 
 #: bytes of rows that are read at a time; also decides the row groups of the Parquet files
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 #: threads hold a chunk each, some times over
-MOST_THREADS = 6
+MOST_THREADS = 16
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -340,9 +340,13 @@ class _Export:
         tensors = {"vectors": rows} | (name_tensors("relation", names) if tier.has_names else {})
         hashes = {RELATIONS: write_tensors(tier.directory / RELATIONS, tensors)}
         if "parquet" in self.section.formats:
-            vector = pa.list_(pa.float32(), rows.shape[1])
-            schema = pa.schema([("id", pa.int64()), ("name", pa.string()), ("inverse", pa.bool_()), ("vector", vector)])
-            file = ParquetRows(tier.directory / "relations.parquet", schema)
+            columns = {
+                "id": pa.int64(),
+                "name": pa.string(),
+                "inverse": pa.bool_(),
+                "vector": list_type(pa.float32(), rows.shape[1]),
+            }
+            file = ParquetRows(tier.directory / "relations.parquet", columns)
             file.append({
                 "id": pa.array(np.tile(np.arange(number, dtype=np.int64), halves)),
                 "name": pa.concat_arrays([names] * halves),

@@ -18,7 +18,7 @@ from medscale.runtime.shards import safetensors_header
 from medscale.storage import fault_point, sha256_of
 
 __all__ = [
-    "HashedFile", "ParquetRows", "RowsFile", "fixed_size_list", "name_tensors", "octets",
+    "HashedFile", "ParquetRows", "RowsFile", "fixed_size_list", "list_type", "name_tensors", "octets",
     "write_tensors",
 ]  # fmt: skip
 
@@ -135,11 +135,12 @@ def name_tensors(what: str, names: pa.Array) -> dict[str, Array]:
 
 
 class ParquetRows:
-    """A Parquet file whose rows are appended a few at a time, a row group each."""
+    """A Parquet file whose rows are appended a few at a time, a row group each; `columns` tells types by name."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, path: Path, columns: Mapping[str, pa.DataType]) -> None:
         self.path = path
-        self.schema = schema
+        # Nothing is null, which spares the writer to look, and to write it.
+        self.schema = schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
         self._file = HashedFile(path)
         # Flipped bits pass unseen without page checksums. Trained columns do not compress; names do.
         self._writer = pq.ParquetWriter(
@@ -164,7 +165,13 @@ class ParquetRows:
 
 def fixed_size_list(rows: Array) -> pa.FixedSizeListArray:
     """Return rows [N, C] as N lists of C numbers, which share their memory."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+    numbers = pa.array(rows.reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(numbers, type=list_type(numbers.type, rows.shape[1]))
+
+
+def list_type(number: pa.DataType, length: int) -> pa.DataType:
+    """Return the type of lists of so many numbers, none of them null."""
+    return pa.list_(pa.field("item", number, nullable=False), length)
 
 
 def octets(array: Array) -> memoryview:

@@ -31,6 +31,7 @@ from medscale.runtime import Tier
 from medscale.runtime.precision import PRECISIONS, encode
 from medscale.split import EntityTypes, write_export
 from medscale.storage import run_lock
+from medscale.tierfiles import list_type
 from medscale.versions import roll_back, versions_of
 
 TIERS = {"server": 12, "phone": 3, "pc": 5}
@@ -103,7 +104,7 @@ def test_cropped_columns_are_the_tables_bit_for_bit(tmp_path: Path, scorer: str,
         ]
         assert [len(part) for part in parts] == [40, 40, 23]
         table = pa.concat_tables(parts)
-        assert table.schema.types == [pa.int64(), pa.string(), pa.list_(pa.float32(), columns)]
+        assert table.schema.types == [pa.int64(), pa.string(), list_type(pa.float32(), columns)]
         vectors = np.concatenate([chunk.flatten().to_numpy() for chunk in table["vector"].chunks])
         assert vectors.tobytes() == crop.tobytes()
         assert table["id"].to_pylist() == list(range(103))
