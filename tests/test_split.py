@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
+import tier_writer
 from small_tables import SCORERS, UNIT_COLUMNS, MemoryTables, export, model_facts, small_tables
 
 from medscale.config import ExportSection
@@ -179,6 +180,33 @@ def test_cuts_nest_byte_for_byte_across_tiers_and_layouts(
         for tier, columns in ((whole, number), (delta, int(number > 0))):
             found = {len(shard.get("norms", np.zeros((0, 0))).T) for shard in shard_tensors(tier)}
             assert found == {columns if scorer in PRODUCTS else 0}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("form", [("full", "range"), ("full", "hash"), ("delta", "range"), ("delta", "hash")])
+def test_the_core_is_what_the_plain_writer_writes(tmp_path: Path, form: tuple[str, str], precision: str) -> None:
+    layout, sharding = form
+    facts = model_facts("complex", reciprocal=True)
+    tables = small_tables(facts, 70, 3)
+    types = EntityTypes(("city", "user"), (np.arange(70) % 3 - 1).astype(np.int32))
+    how = {"layout": layout, "sharding": sharding, "precision": precision, "shard_rows": 20}
+    export(tmp_path / "export", facts, tables, TIERS, types=types, formats=(), **how)
+    model = tier_writer.Model(
+        tables.entities, tables.relation_rows, [f"e{i}" for i in range(70)], ["r0", "r1", "r2"], "complex",
+        reciprocal=True, entity_types=types.names, types=types.codes.tolist(),
+    )  # fmt: skip
+    tier_writer.write_tiers(tmp_path / "plain", model, TIERS, tier_writer.Format(**how))
+    for name in TIERS:
+        ours, theirs = tmp_path / "export" / name, tmp_path / "plain" / name
+        assert facts_of(ours) == facts_of(theirs)
+        files = sorted(path.name for path in theirs.iterdir())
+        assert sorted(path.name for path in ours.iterdir()) == files
+        for file in (file for file in files if file != "manifest.json"):
+            one, two = (safetensors.numpy.load_file(place / file) for place in (ours, theirs))
+            assert one.keys() == two.keys()
+            for key in one:
+                assert (one[key].dtype, one[key].shape) == (two[key].dtype, two[key].shape), (file, key)
+                assert one[key].tobytes() == two[key].tobytes(), (file, key)
 
 
 def test_norms_are_those_of_stored_numbers_rounded_up(tmp_path: Path) -> None:

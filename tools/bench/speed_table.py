@@ -137,6 +137,19 @@ def workers() -> Iterator[str]:
         )
 
 
+def splitting() -> Iterator[str]:
+    """Yield a row per table and form."""
+    words = {
+        "full": "as the job says: float32, whole tiers, Parquet beside them", "delta": "the same, layout `delta`",
+        "int8": "int8, Parquet decoded", "core": "float32 without Parquet", "hash": "shards by hash",
+    }  # fmt: skip
+    for r in records_of("split"):
+        yield (
+            f"{r['rows']:,} | {words[r['system']]} | {r['gb']:.2f} | {r['verify_s']:.1f} | {r['seconds']:.1f} "
+            f"| {r['mb_per_s']:,.0f} | {r['disk_mb_per_s']:,.0f} | {r['peak_mib']:,.0f}"
+        )
+
+
 def reading() -> Iterator[str]:
     """Yield a row per number of readers."""
     for r in records_of("readers"):
@@ -212,6 +225,12 @@ def section() -> str:
         "triples, one worker. Editors and compilers were at work beside it, so training was slower than in the table above.",
         "",
         *table("stage | what | seconds | GiB", whole_run()),
+        "",
+        "**Cutting tiers** (`split`): `medscale export` of tables of 500 columns into tiers of 10, 100 and 500, 2 "
+        "cores; seconds to verify the checkpoint, then to write all tiers and make them durable, MB/s of that, what the "
+        "same disk took of plain bytes just after, and the most memory of the process, libraries included.",
+        "",
+        *table("rows | written | GB | s to verify | s to write | MB/s | of the disk | MiB", splitting()),
         "",
         f"**Workers** (`scaling`): the same job on {pair['entities']:,} entities, workers of one core each on one "
         "machine, over gloo: communication is the share of a step in collective calls, MiB sent by the worker that "
