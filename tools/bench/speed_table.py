@@ -209,7 +209,8 @@ def section() -> str:
         *table("entities | triples | triples/s | cost | GiB | MiB grown | s per epoch", growing()),
         "",
         f"**The full size, stage by stage** (`skg_run`): the same job on {full['entities']:,} entities and 50,759,689 "
-        "triples, one worker. Editors and compilers were at work beside it, so training was slower than in the table above.",
+        "triples, one worker. Editors and compilers were at work beside it, so training was slower than in the table "
+        "above.",
         "",
         *table("stage | what | seconds | GiB", whole_run()),
         "",
