@@ -19,8 +19,8 @@ LAYERS = (
     ("model",),
     ("loss", "objective"),
     ("distributed", "sharding", "traffic", "optimizer"),
-    ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
-    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "report"),
+    ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation", "results", "figures", "markup", "clusters"),
+    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "tiers", "page", "report"),
     ("launch", "readers", "evaluators", "train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
