@@ -61,9 +61,10 @@ def by_dim(title: str, what: str, curves: Sequence[Curve], tiers: Mapping[str, i
             )  # fmt: skip
         if len(curves) == 1:
             _label_points(axes, curves[0], [units for units in curves[0].x if units in tiers.values()])
+        _quality_axis(axes, [y for curve in curves for y in curve.y])
         _units_axis(axes, sorted({x for curve in curves for x in curve.x}), tiers)
         if len(curves) > 1:
-            _legend(figure, axes.get_lines(), [curve.label for curve in curves])
+            _legend(figure, axes.get_lines()[: len(curves)], [curve.label for curve in curves])
         return _png(figure)
 
 
@@ -81,18 +82,25 @@ def choice(
             (drawn,) = axes.plot([units], [mrr], color=COLOURS[1], marker="D", markersize=9, linestyle="none")
             _legend(figure, [drawn], [words])
         _label_points(axes, curve, curve.x if len(curve.x) <= 8 else [x for x in curve.x if x in tiers.values()])
+        _quality_axis(axes, curve.y)
         _units_axis(axes, curve.x, tiers)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}\n{sizes.get(round(x), '')}"))
         return _png(figure)
 
 
 def over_steps(
-    title: str, what: str, curves: Sequence[Curve], *, logarithmic: bool = False, ordered: bool = False,
-    marked: int | None = None,
+    title: str, what: str, curves: Sequence[Curve], *, logarithmic: bool = False,
+    ordered: bool = False, from_zero: bool = False, marked: int | None = None,
 ) -> bytes:  # fmt: skip
-    """Draw values by step; `ordered` curves take colours from dark to light, `marked` is a step to point out."""
+    """Draw values by step.
+
+    `logarithmic` holds where values differ twentyfold, else the axis begins at zero if `from_zero`. `ordered` curves
+    take colours from dark to light; `marked` is a step to point out.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _panel(title, "step", what)
+        positive = [value for curve in curves for value in curve.y if value > 0]
+        logarithmic = logarithmic and max(positive, default=1.0) > 20 * min(positive, default=1.0)
         few = all(len(curve.x) <= 25 for curve in curves)
         for number, curve in enumerate(curves):
             x, y = thinned(curve)
@@ -110,11 +118,13 @@ def over_steps(
             axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
         else:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+            if from_zero:
+                axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         if marked is not None:
             lines.append(axes.axvline(marked, color=_GREY, linewidth=1, linestyle=(0, (2, 2))))
-            labels.append(f"step {marked:,}, the best")
+            labels.append(f"step {marked:,}, exported")
         if len(lines) > 1:
             _legend(figure, lines, labels)
         return _png(figure)
@@ -134,7 +144,7 @@ def cloud(title: str, places_N2: NDArray[np.float64], category_N: NDArray[np.int
         axes.set_aspect("equal", "datalim")
         for spine in axes.spines.values():
             spine.set_visible(False)
-        _legend(figure, axes.collections, names)
+        _legend(figure, axes.collections, names, marker_scale=2)
         return _png(figure)
 
 
@@ -157,7 +167,7 @@ def plain_name(name: str, most: int = _MOST_LETTERS) -> str:
 def _panel(title: str, x: str, y: str, inches: tuple[float, float] = _INCHES) -> tuple[Figure, Axes]:
     figure = Figure(figsize=inches, dpi=_DOTS_PER_INCH)
     axes = figure.add_subplot()
-    axes.set_title(title)
+    axes.set_title(plain_name(title, 60))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     return figure, axes
@@ -168,7 +178,14 @@ def _colour(number: int) -> str:
 
 
 def _in_order(number: int, count: int) -> Any:
-    return mpl.colormaps["cividis"](0.9 * number / max(count - 1, 1))
+    return mpl.colormaps["cividis"](0.82 * number / max(count - 1, 1))
+
+
+def _quality_axis(axes: Axes, values: Sequence[float]) -> None:
+    """Let the axis span at least a quarter of the best value, so that small differences look small."""
+    low, high = min(values), max(values)
+    low = min(low, 0.75 * high)
+    axes.set_ylim(low - 0.12 * (high - low), high + 0.08 * (high - low))
 
 
 def _units_axis(axes: Axes, dims: Sequence[float], tiers: Mapping[str, int]) -> None:
@@ -198,7 +215,7 @@ def _units_axis(axes: Axes, dims: Sequence[float], tiers: Mapping[str, int]) -> 
 
 def _label_points(axes: Axes, curve: Curve, units: Sequence[float]) -> None:
     """Write the value below each of the points of these units."""
-    axes.margins(x=0.07, y=0.16)
+    axes.margins(x=0.07)
     for x, y in zip(curve.x, curve.y, strict=True):
         if x in units:
             axes.annotate(
@@ -207,12 +224,15 @@ def _label_points(axes: Axes, curve: Curve, units: Sequence[float]) -> None:
             )  # fmt: skip
 
 
-def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], marker_scale: float = 1.0) -> None:
     """Put the legend below the panel; no label is left out, whatever it begins with."""
     texts = [plain_name(label, 80 if len(labels) == 1 else _MOST_LETTERS) or "(no name)" for label in labels]
     widest = max(map(len, texts))
-    columns = max(1, min(len(texts), 60 // (widest + 6)))
-    legend = figure.legend(handles, [f" {text}" for text in texts], loc="outside lower center", ncols=columns)
+    rows = -(-len(texts) // max(1, 60 // (widest + 6)))
+    columns = -(-len(texts) // rows)
+    legend = figure.legend(
+        handles, [f" {text}" for text in texts], loc="outside lower center", ncols=columns, markerscale=marker_scale
+    )
     assert len(legend.get_texts()) == len(texts)
 
 

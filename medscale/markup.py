@@ -35,10 +35,11 @@ th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-botto
 th { color: #666; font-size: .8125rem; font-weight: 600; border-bottom-color: #bbb; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.marked td { background: #fdf1e7; }
-.images { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 24px; }
-.images.one { grid-template-columns: minmax(0, 620px); }
+.images { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 24px;
+  margin: 0 0 16px; }
+.images.small { grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
 figure { margin: 0; min-width: 0; }
-figure img { display: block; width: 100%; max-width: 620px; height: auto; }
+figure img { display: block; width: 100%; max-width: 640px; height: auto; }
 details { margin: 12px 0; }
 summary { cursor: pointer; color: #444; }
 pre { overflow-x: auto; background: #f7f7f7; padding: 12px; border-radius: 6px; font-size: .8125rem; line-height: 1.4; }
@@ -101,9 +102,9 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequen
     )
 
 
-def images(pictures: Sequence[Image]) -> Markup:
-    """Return images side by side where there is room."""
-    kind = "images one" if len(pictures) == 1 else "images"
+def images(pictures: Sequence[Image], *, small: bool = False) -> Markup:
+    """Return images side by side where there is room: two in a row, or three small ones."""
+    kind = "images small" if small else "images"
     return Markup(f'<div class="{kind}">\n' + "\n".join(map(_figure, pictures)) + "\n</div>")
 
 

@@ -163,7 +163,7 @@ class _Story:
         largest = max(tier.bytes_per_entity for tier in self.tiers)
         facts = [
             (f"{self.full:.3f}", f"MRR of the full model, {max(self.evaluation):,} units"),
-            (f"{kept:.0%}", f"of it kept by {smallest.name}, {smallest.units:,} units"),
+            (f"{kept:.1%}", f"of it kept by {smallest.name}, {smallest.units:,} units"),
             (
                 in_bytes(smallest.bytes_per_entity),
                 f"per entity in {smallest.name}; {in_bytes(largest)} in the largest tier",
@@ -171,7 +171,7 @@ class _Story:
         ]
         retention = _retention_of(self.summary, self.evaluation)
         if retention is not None:
-            facts.append((f"{retention:.0%}", "ability retention: " + _RETENTION))
+            facts.append((f"{retention:.1%}", "ability retention: " + _RETENTION))
         return tiles(facts)
 
     # -- tiers ----------------------------------------------------------------------------------------------
@@ -333,11 +333,11 @@ class _Story:
         pictures = []
         rate = _curve(train, "triples_per_s", "triples/s")
         if rate:
-            pictures.append(self._image("throughput", figures.over_steps("Throughput", "triples/s", [rate]),
-                                        "Training triples per second by step"))  # fmt: skip
+            drawn = figures.over_steps("Throughput", "triples/s", [rate], from_zero=True)
+            pictures.append(self._image("throughput", drawn, "Training triples per second by step"))
         waits = _waits(train)
         if waits:
-            drawn = figures.over_steps("Waiting for batches", "ms per step", waits)
+            drawn = figures.over_steps("Waiting for batches", "ms per step", waits, from_zero=True)
             pictures.append(
                 self._image("batch_wait", drawn, "Milliseconds per step that workers waited for their batch")
             )
@@ -362,7 +362,7 @@ class _Story:
                         f"t-SNE of {len(rows)} entities at {dim} units, coloured by {sample.by}")
             for dim, at in zip(dims, places, strict=True)
         ]  # fmt: skip
-        return [section(title, images(pictures), note(_map_words(sample)))]
+        return [section(title, images(pictures, small=True), note(_map_words(sample)))]
 
     def _map_dims(self) -> list[int]:
         """Return the dims of tiers, or of a single tier the smallest, the middle and the largest sub-model."""

@@ -314,7 +314,7 @@ def _advice(job: Job, asked: Path, arguments: argparse.Namespace, chosen: Point)
     command = ["medscale", "export", str(asked), "--tiers", ",".join(f"{n}={units}" for n, units in tiers.items())]
     if precision != "float32":
         command += ["--precision", precision]
-    for option in ("runs_dir", "graphs_dir"):
+    for option in ("graphs_dir",) if asked.is_dir() else ("runs_dir", "graphs_dir"):
         value = getattr(arguments, option)
         if str(value) != option.removesuffix("_dir"):
             command += [f"--{option.replace('_', '-')}", str(value)]
