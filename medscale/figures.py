@@ -134,17 +134,18 @@ def cloud(title: str, places_N2: NDArray[np.float64], category_N: NDArray[np.int
     """Draw points in the plane, a colour and a shape per category."""
     with mpl.rc_context(_STYLE):
         figure, axes = _panel(title, "", "", inches=(4.8, 4.6))
+        size = min(45.0, max(10.0, 8000 / max(len(places_N2), 1)))
         for number in range(len(names)):
             x, y = places_N2[category_N == number].T
             axes.scatter(
-                x, y, s=13, color=_colour(number), marker=MARKERS[number % len(MARKERS)], alpha=0.75, linewidths=0
+                x, y, s=size, color=_colour(number), marker=MARKERS[number % len(MARKERS)], alpha=0.75, linewidths=0
             )
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_aspect("equal", "datalim")
         for spine in axes.spines.values():
             spine.set_visible(False)
-        _legend(figure, axes.collections, names, marker_scale=2)
+        _legend(figure, axes.collections, names, marker_scale=(45 / size) ** 0.5)
         return _png(figure)
 
 

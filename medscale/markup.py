@@ -29,7 +29,11 @@ p { margin: 0 0 12px; max-width: 75ch; }
 .tile { border: 1px solid #e4e4e4; border-radius: 6px; padding: 12px 14px; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { display: block; color: #666; font-size: .8125rem; line-height: 1.35; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; margin: 0 0 12px; }
+.wide { overflow-x: auto; margin: 0 0 12px; background:
+  linear-gradient(to right, #fff 30%, #fff0) left / 32px 100% local,
+  linear-gradient(to left, #fff 30%, #fff0) right / 32px 100% local,
+  linear-gradient(to right, #0002, #0000) left / 10px 100% scroll,
+  linear-gradient(to left, #0002, #0000) right / 10px 100% scroll; background-repeat: no-repeat; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
 th { color: #666; font-size: .8125rem; font-weight: 600; border-bottom-color: #bbb; vertical-align: bottom; }

@@ -171,32 +171,24 @@ class _Story:
         ]
         retention = _retention_of(self.summary, self.evaluation)
         if retention is not None:
-            facts.append((f"{retention:.1%}", "ability retention: " + _RETENTION))
+            facts.append((f"{retention:.1%}", "ability retention: answers that larger sub-models keep"))
         return tiles(facts)
 
     # -- tiers ----------------------------------------------------------------------------------------------
 
     def tiers_section(self) -> list[Markup]:
         """Return the table of what ships."""
+        # What decides comes first: a phone shows the first columns.
         headings = (
-            "tier",
-            "units",
-            "columns",
-            "precision",
-            "MRR",
-            "of full",
-            "Hits@1",
-            "Hits@10",
-            "per entity",
-            "all files",
-        )
+            "tier", "units", "MRR", "of full", "per entity", "all files", "precision", "Hits@1", "Hits@10", "columns",
+        )  # fmt: skip
         rows = []
         for tier in self.tiers:
             record = self.evaluation[tier.units]
             rows.append((
-                tier.name, f"{tier.units:,}", f"{tier.columns:,}", tier.precision, f"{record['mrr']:.3f}",
-                f"{record['mrr'] / self.full:.1%}", f"{record['hits@1']:.3f}", f"{record['hits@10']:.3f}",
-                in_bytes(tier.bytes_per_entity), in_bytes(tier.bytes),
+                tier.name, f"{tier.units:,}", f"{record['mrr']:.3f}", f"{record['mrr'] / self.full:.1%}",
+                in_bytes(tier.bytes_per_entity), in_bytes(tier.bytes), tier.precision, f"{record['hits@1']:.3f}",
+                f"{record['hits@10']:.3f}", f"{tier.columns:,}",
             ))  # fmt: skip
         words = (
             "Each tier is the first columns of the next. MRR and Hits are those of the trained columns (float32); of "
@@ -246,7 +238,7 @@ class _Story:
                     name, figures.by_dim(f"{what} by dimension", what, curves, self.units), f"{what} by units. {alt}"
                 )
             )
-        parts = [images(pictures), *self._comparison(), *self._sizes()]
+        parts = [images(pictures), *self._comparison(), *self._sizes(), note(f"Ability retention: {_RETENTION}.")]
         return [section("Quality by dimension", *parts)]
 
     def _comparison(self) -> list[Markup]:
@@ -266,7 +258,7 @@ class _Story:
             for label, evaluation, retention in runs
         ]
         headings = ("MRR", *(f"{dim:,} units" for dim in dims), "ability retention")
-        return [table(headings, rows), note(f"Ability retention: {_RETENTION}.")]
+        return [table(headings, rows)]
 
     def _sizes(self) -> list[Markup]:
         if isinstance(self.graph, GraphError):
