@@ -1,4 +1,4 @@
-"""Filtered evaluation of every sub-model: `python -m medscale.evaluate JOB|RUN`.
+"""Filtered evaluation of every sub-model: `python -m medscale.evaluate JOB_OR_RUN`.
 
 Writes into the run directory: `evaluation.json` (the records, see `ranking.records_of`), `evaluation_summary.json`
 (parameters, MRR per million parameters, ability retention, what was ranked) and `evaluation_by_relation.csv`; with

@@ -41,7 +41,7 @@ def job_parser(verb: str, description: str, *, or_run: bool = False) -> argparse
     )
     metavar, words = "JOB", "the job file, such as jobs/quickstart.yaml"
     if or_run:
-        metavar, words = "JOB|RUN", f"{words}, or the directory of a run, such as runs/quickstart"
+        metavar, words = "JOB_OR_RUN", f"{words}, or the directory of a run, such as runs/quickstart"
     parser.add_argument("job", metavar=metavar, type=Path, help=words)
     add_directories(parser)
     return parser

@@ -1,6 +1,6 @@
 """A finished run, told: a table of what each tier is worth, weighs and costs, and one HTML page with figures.
 
-`python -m medscale.report JOB|RUN`. The page needs the extra `report`; the table does not.
+`python -m medscale.report JOB_OR_RUN`. The page needs the extra `report`; the table does not.
 """
 
 import argparse

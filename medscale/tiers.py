@@ -1,4 +1,4 @@
-"""The smallest tier that keeps enough quality, or the best that fits: `python -m medscale.tiers JOB|RUN`.
+"""The smallest tier that keeps enough quality, or the best that fits: `python -m medscale.tiers JOB_OR_RUN`.
 
 Bytes are those of a tier's numeric core and names: entity rows (with int8 a float32 scale per row and cut of the tier
 chain), relation rows as float32, and names (UTF-8, with 16 bytes each to find them). Parquet copies, search indexes,
