@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from medscale import figures
-from medscale.clusters import Sample, places_of, sample_of
 from medscale.config import Job
 from medscale.errors import ConfigError, GraphError, MedscaleError
 from medscale.evaluate import PROTOCOL
@@ -14,6 +13,7 @@ from medscale.figures import Curve
 from medscale.graph.reader import Graph
 from medscale.jobfile import dump_job
 from medscale.markup import Image, Markup, document, folded, images, note, section, table, tiles
+from medscale.places import Sample, places_of, sample_of
 from medscale.results import Course, course_of, evaluation_of, export_report_of, summary_of
 from medscale.runtime.tier import Tier
 from medscale.tiers import TIER_PRECISIONS, Point, curve_of, in_bytes

@@ -20,7 +20,7 @@ LAYERS = (
     ("loss", "objective"),
     ("distributed", "sharding", "traffic", "optimizer"),
     ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
-    ("results", "markup", "figures", "clusters"),
+    ("results", "markup", "figures", "places"),
     ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor"),
     ("tiers", "page", "report"),
     ("launch", "readers", "evaluators", "train", "export", "cli"),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from told_run import DIMS, MRR, NASTY, ToldRun, records_of, write_told_run
 
-from medscale import clusters, figures, report
+from medscale import figures, places, report
 from medscale.cli import main as medscale
 from medscale.errors import ConfigError, MedscaleError
 from medscale.figures import Curve
@@ -218,18 +218,18 @@ def test_odd_curves_can_be_drawn() -> None:
 
 
 def test_sample_takes_types_and_else_slots(told: ToldRun, tmp_path: Path) -> None:
-    sample = clusters.sample_of(told.graph)
+    sample = places.sample_of(told.graph)
     assert sample is not None
     assert (sample.by, set(sample.names)) == ("entity type", {NASTY, "_hidden", "plain"})
     names = told.graph.entity_names().to_pylist()
     kinds = {NASTY: "a", "_hidden": "b", "plain": "c"}
     assert [kinds[sample.names[c]] for c in sample.category_N] == [names[e][0] for e in sample.entity_N]
-    again = clusters.sample_of(told.graph)
+    again = places.sample_of(told.graph)
     assert again is not None
     np.testing.assert_array_equal(sample.entity_N, again.entity_N)
 
     graph = write_told_run(tmp_path, types=False).graph
-    by_slot = clusters.sample_of(graph)
+    by_slot = places.sample_of(graph)
     assert by_slot is not None
     assert by_slot.by == "most frequent relation slot"
     relations = graph.relation_names().to_pylist()
@@ -252,12 +252,12 @@ def test_places_keep_groups_together_and_repeat() -> None:
     draw = np.random.default_rng(0)
     groups = np.repeat([0, 1, 2], 30)
     rows = (8 * np.eye(3, 12)[groups] + draw.normal(size=(90, 12))).astype(np.float32)
-    places = clusters.places_of([rows[:, :6], rows])
-    for at in places:
+    found = places.places_of([rows[:, :6], rows])
+    for at in found:
         centres = np.stack([at[groups == g].mean(0) for g in range(3)])
         nearest = np.linalg.norm(at[:, None] - centres, axis=-1).argmin(1)
         assert (nearest == groups).mean() > 0.95
-    for at, again in zip(places, clusters.places_of([rows[:, :6], rows]), strict=True):
+    for at, again in zip(found, places.places_of([rows[:, :6], rows]), strict=True):
         np.testing.assert_array_equal(at, again)
 
 
