@@ -56,6 +56,8 @@ class GraphSize:
     num_test: int
     #: where the numbers come from
     source: str
+    #: of the training triples, those that mention a name new to a graph that grows
+    num_added: int = 0
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ MAX_RESTARTS = 10
 class Reader:
     """One process that reads; the last partitions it still has, for the other workers that ask."""
 
-    def __init__(self, graph_directory: Location, seed: int, number: int, kept: int) -> None:
-        self._reader = PartitionReader(open_graph(graph_directory, verify=False), seed, number)
+    def __init__(self, graph_directory: Location, seed: int, split: str, number: int, kept: int) -> None:
+        self._reader = PartitionReader(open_graph(graph_directory, verify=False), seed, number, split=split)
         self._kept = kept
         self._recent: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
@@ -57,12 +57,13 @@ def start_readers(job: Job, graph: Graph) -> list[Any]:
     actor: Any = ray.remote(
         num_cpus=0, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, scheduling_strategy="SPREAD"
     )(Reader)
-    return [actor.remote(graph.directory.resolve(), job.seed, number, kept=3) for number in range(job.runtime.readers)]
+    what = graph.directory.resolve(), job.seed, job.trained_split
+    return [actor.remote(*what, number, kept=3) for number in range(job.runtime.readers)]
 
 
 def feed_of(readers: list[Any], job: Job, graph: Graph) -> Feed:
     """Return a worker's feed from readers that take turns, one partition ahead for each."""
-    order = order_of(graph, job.seed)
+    order = order_of(graph, job.seed, job.trained_split)
     counts = [ReaderCounts(number) for number in range(len(readers))]
 
     def read(epoch: int, place: int) -> NDArray[np.int64]:

@@ -19,9 +19,9 @@ LAYERS = (
     ("model",),
     ("loss", "objective"),
     ("distributed", "sharding", "traffic", "optimizer"),
-    ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
+    ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation", "lineage"),
     ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "report"),
-    ("launch", "readers", "evaluators", "train", "export", "cli"),
+    ("launch", "readers", "evaluators", "extend", "train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
