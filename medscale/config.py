@@ -303,8 +303,14 @@ class ExtendSection:
     )
     rows: Literal["frozen", "trained"] = key(
         "frozen",
-        "old entities and relations: `frozen` keeps their vectors bit for bit, and trains on the triples that mention "
-        "a new name alone, without validating; `trained` goes on with all rows and all triples",
+        "old entities and relations: `frozen` keeps their vectors bit for bit, and trains those of new names on the "
+        "triples that mention one and on `others`, without validating; `trained` goes on with all rows and all triples",
+    )
+    others: int = key(
+        4,
+        "frozen: for each triple that mentions a new name so many that do not, drawn evenly, are trained on: among "
+        "their answers new vectors learn where they do not belong",
+        minimum=0,
     )
 
 
@@ -405,8 +411,8 @@ class Job:
 
     @property
     def trained_split(self) -> str:
-        """The triples that are trained on: all, or those that mention a row that moves."""
-        return "added" if self.freezes else "train"
+        """The triples that are trained on: all, or what rows that move learn from."""
+        return "growth" if self.freezes else "train"
 
 
 #: What a preset says for keys that the file leaves open. `paper` is the letter of the paper wherever that is

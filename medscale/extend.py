@@ -46,7 +46,7 @@ def extended_job(
     )
     extend = ExtendSection(
         run=job.name, graph=parent.facts["graph_name"], step=parent.step, triples=tuple(f["file"] for f in files),
-        rows=job.extend.rows,
+        rows=job.extend.rows, others=job.extend.others,
     )  # fmt: skip
     for candidate in [name] if name is not None else _numbered(job.name):
         graph = dataclasses.replace(job.graph, name=candidate)
@@ -69,7 +69,9 @@ def extended_job(
 
 
 def _numbered(name: str) -> Iterator[str]:
-    return (f"{_NUMBERED.sub('', name)}-extended-{number}" for number in itertools.count(1))
+    """Yield the names that a run which grows out of `name` may take by itself, first ones first."""
+    names = (f"{_NUMBERED.sub('', name)}-extended-{number}" for number in itertools.count(1))
+    return (candidate for candidate in names if candidate != name)
 
 
 @dataclasses.dataclass(frozen=True)

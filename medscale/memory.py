@@ -56,8 +56,8 @@ class GraphSize:
     num_test: int
     #: where the numbers come from
     source: str
-    #: of the training triples, those that mention a name new to a graph that grows
-    num_added: int = 0
+    #: of a graph that grew: of the training triples, those that vectors of new names alone learn from
+    num_growth: int = 0
 
 
 @dataclass(frozen=True)

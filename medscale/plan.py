@@ -24,7 +24,7 @@ from medscale.errors import CapacityError, ConfigError
 from medscale.graph.census import take_census
 from medscale.graph.growth import files_of_new_triples
 from medscale.graph.reader import graph_exists, open_graph
-from medscale.graph.schema import ADDED
+from medscale.graph.schema import GROWTH
 from medscale.graph.synthetic import RELATIONS, kind_sizes
 from medscale.jobfile import load_job
 from medscale.location import Location
@@ -109,7 +109,7 @@ def _placement_in_words(layout: Layout, placement: Placement, workers: int) -> s
 
 
 def _steps_per_epoch(job: Job, size: GraphSize) -> tuple[int, bool]:
-    number = size.num_added if job.freezes else size.num_train
+    number = size.num_growth if job.freezes else size.num_train
     if job.loss.kind == "bce":
         return -(-number // job.train.batch_size), True
     # How many queries there are only the graph can tell; each triple asks twice, and groups answers.
@@ -146,8 +146,8 @@ def size_of(job: Job, graphs_directory: Location, data_root: Path) -> GraphSize:
     if graph_exists(directory):
         graph = open_graph(directory, verify=False)
         train, valid, test = (graph.num_triples[split] for split in ("train", "valid", "test"))
-        added = graph.num_triples.get(ADDED, 0)
-        return GraphSize(graph.num_entities, graph.num_relations, train, valid, test, f"counted in {directory}", added)
+        growth = graph.num_triples.get(GROWTH, 0)
+        return GraphSize(graph.num_entities, graph.num_relations, train, valid, test, f"counted in {directory}", growth)
     if job.extend.run is not None:
         return _grown_size(job, graphs_directory, data_root)
     synthetic = job.graph.synthetic
@@ -176,7 +176,7 @@ def _grown_size(job: Job, graphs_directory: Location, data_root: Path) -> GraphS
         old.num_entities + new.num_entities, old.num_relations + new.num_relations,
         old.num_triples["train"] + new.num_triples["train"], old.num_triples["valid"], old.num_triples["test"],
         f"counted in {old.directory} and the files of new triples; what both hold counted twice",
-        new.num_triples["train"],
+        (1 + job.extend.others) * new.num_triples["train"],
     )  # fmt: skip
 
 

@@ -90,7 +90,11 @@ def _source_of(job: Job) -> dict[str, Any]:
     if job.extend.run is None:
         return source
     read_by = ("format", "header", "columns", "head_column", "relation_column", "tail_column", "literals")
-    extended = {"extend.graph": job.extend.graph or job.extend.run, "extend.triples": list(job.extend.triples)}
+    extended = {
+        "extend.graph": job.extend.graph or job.extend.run,
+        "extend.triples": list(job.extend.triples),
+        "extend.others": job.extend.others,
+    }
     return extended | {key: source[key] for key in read_by}
 
 
@@ -124,6 +128,7 @@ def _built(job: Job, data_root: Path, graphs_root: Location, directory: Path, pr
             data_root=data_root,
             directory=directory,
             only_new_names=job.freezes,
+            num_others=extend.others,
             source=_source_of(job),
             progress=progress,
         )

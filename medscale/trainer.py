@@ -573,7 +573,7 @@ def batches_of(
     """
     split = job.trained_split
     if not graph.num_triples.get(split):
-        raise GraphError(f"{graph.directory} has no training triples{'' if split == 'train' else ' with a new name'}")
+        raise GraphError(f"{graph.directory} has no training triples{'' if split == 'train' else ' of new names'}")
     if job.loss.kind == "softmax":
         table = query_table(
             graph.triples(split), graph.num_relations, reciprocal=job.model.reciprocal, max_tails=job.train.max_tails

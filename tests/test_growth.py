@@ -43,11 +43,12 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Graph:
 
 
 def grown(
-    parent: Graph, root: Path, *files: str, only_new_names: bool = False, section: GraphSection = SECTION
-) -> Graph:
+    parent: Graph, root: Path, *files: str, only_new_names: bool = False, section: GraphSection = SECTION,
+    num_others: int = 0,
+) -> Graph:  # fmt: skip
     return extend_graph(
         parent, section, files, name="grown", data_root=root, directory=root / "grown", only_new_names=only_new_names,
-        source={},
+        num_others=num_others, source={},
     )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def test_old_ids_stay_and_new_ones_follow_in_order(parent: Graph, tmp_path: Path
     assert graph.relation_names().to_pylist() == ["r0", "r1", "r2", "q0"]
     assert set(named(graph, "train")) == {*OLD, *NEW}
     assert len(named(graph, "train")) == graph.num_triples["train"] == len({*OLD, *NEW})
-    assert set(named(graph, "added")) == {NEW[0], NEW[1], NEW[2]}
+    assert set(named(graph, "growth")) == {NEW[0], NEW[1], NEW[2]}
     for split in ("valid", "test"):
         np.testing.assert_array_equal(graph.triples(split), parent.triples(split))
     assert graph.entity_types() == parent.entity_types()
@@ -73,10 +74,21 @@ def test_old_ids_stay_and_new_ones_follow_in_order(parent: Graph, tmp_path: Path
 def test_the_order_of_its_triples_is_that_of_a_graph_built_at_once(parent: Graph, tmp_path: Path) -> None:
     write(tmp_path / "new.tsv", NEW)
     graph = grown(parent, tmp_path, "new.tsv")
-    for split in ("train", "added"):
+    for split, purpose in (("train", "order"), ("growth", "growth")):
         triples = graph.triples(split)
-        hashed = hashes(3, "order", dict(zip(schema.TRIPLE_COLUMNS, triples.T, strict=True)))
+        hashed = hashes(3, purpose, dict(zip(schema.TRIPLE_COLUMNS, triples.T, strict=True)))
         assert (np.diff(hashed.astype(object)) > 0).all()
+
+
+@pytest.mark.parametrize(("num_others", "number"), [(0, 0), (4, 12), (100, 41)])
+def test_new_names_learn_from_their_triples_and_some_others(
+    parent: Graph, tmp_path: Path, num_others: int, number: int
+) -> None:
+    """Three triples mention a new name; forty old ones, and a new one of old names, do not."""
+    write(tmp_path / "new.tsv", NEW)
+    found = named(grown(parent, tmp_path, "new.tsv", num_others=num_others), "growth")
+    assert len(found) == len(set(found)) == 3 + number
+    assert {NEW[0], NEW[1], NEW[2]} <= set(found) <= {*OLD, *NEW}
 
 
 def test_what_was_met_is_told(parent: Graph, tmp_path: Path) -> None:
@@ -128,10 +140,10 @@ def test_it_grows_again(parent: Graph, tmp_path: Path) -> None:
     once = grown(parent, tmp_path, "new.tsv")
     twice = extend_graph(
         once, SECTION, ["more.tsv"], name="twice", data_root=tmp_path, directory=tmp_path / "twice",
-        only_new_names=True, source={},
+        only_new_names=True, num_others=0, source={},
     )  # fmt: skip
     assert twice.entity_names().to_pylist() == [*once.entity_names().to_pylist(), "aa"]
-    assert named(twice, "added") == [("aa", "r0", "zz")]
+    assert named(twice, "growth") == [("aa", "r0", "zz")]
     assert twice.facts["lineage"]["lineage"] == once.facts["lineage"]
     assert twice.facts["lineage"]["graph_sha256"] == once.sha256
 
@@ -157,7 +169,7 @@ def test_many_row_groups_merge_as_one(tmp_path: Path, monkeypatch: pytest.Monkey
     # All sixty names are in the first file, so ids and hashes agree.
     np.testing.assert_array_equal(graph.triples("train"), at_once.triples("train"))
     assert graph.facts["duplicates"]["train"] == 100
-    assert graph.num_triples["added"] == 0
+    assert graph.num_triples["growth"] == 0
 
 
 @pytest.mark.parametrize(

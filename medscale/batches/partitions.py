@@ -37,7 +37,7 @@ class ReaderCounts:
 
 
 def order_of(graph: Graph, seed: int, split: str = "train") -> PartitionOrder:
-    """Return the order of the triples of "train" or "added"; partitions are files, all of one size but the last.
+    """Return the order of the triples of "train" or "growth"; partitions are files, all of one size but the last.
 
     Raises:
         GraphError: the graph has no training triples, or other files than their number asks for.
@@ -52,7 +52,7 @@ def order_of(graph: Graph, seed: int, split: str = "train") -> PartitionOrder:
 
 
 class PartitionReader:
-    """Reads the triples that a graph's split trains on, "train" or "added", by (epoch, place)."""
+    """Reads the triples that a graph's split trains on, "train" or "growth", by (epoch, place)."""
 
     def __init__(self, graph: Graph, seed: int, number: int = 0, *, split: str = "train") -> None:
         self.graph, self.order, self.counts = graph, order_of(graph, seed, split), ReaderCounts(number)

@@ -24,11 +24,11 @@ from medscale.graph.known_triples import KnownTriples
 from medscale.graph.raw import layout_problems, read_rows
 from medscale.graph.reader import Graph, open_graph
 from medscale.graph.schema import (
-    ADDED,
     ENTITIES,
     ENTITY_TYPES,
     GRAPH_FORMAT,
     GRAPH_KIND,
+    GROWTH,
     NAMES_SCHEMA,
     RELATIONS,
     SPLITS,
@@ -60,6 +60,7 @@ def extend_graph(
     data_root: Path,
     directory: Path,
     only_new_names: bool,
+    num_others: int,
     source: Mapping[str, Any],
     progress: Progress = show_progress,
 ) -> Graph:
@@ -67,7 +68,8 @@ def extend_graph(
 
     The files are read as the section says of its training files. New names are numbered in their order (numerical
     where all of them are integers), after the old ones, so the graph does not depend on the order of the rows. Old
-    and new triples that are equal count once. Valid and test stay. The manifest's `lineage` says what it grew out of:
+    and new triples that are equal count once. Valid and test stay. The split "growth" holds the training triples that
+    mention a new name and, for each, `num_others` that do not. The manifest's `lineage` says what it grew out of:
     {"graph", "graph_sha256", "num_entities", "num_relations" of the parent, "files": [{"file", "bytes", "sha256"}],
     "lineage" of the parent, or null}.
 
@@ -83,7 +85,7 @@ def extend_graph(
         _require_news(news, files, only_new_names)
         _write_names(draft, parent, news)
         with progress("merging", sum(parent.num_triples[split] for split in SPLITS), "triples") as advance:
-            _write_train(draft, parent, news, advance)
+            num_growth = _write_train(draft, parent, news, num_others, advance)
             met = _write_others(draft, parent, news, advance)
         facts: dict[str, Any] = {
             **parent.facts,
@@ -93,7 +95,7 @@ def extend_graph(
             "num_triples": {
                 **{split: parent.num_triples[split] for split in SPLITS},
                 "train": parent.num_triples["train"] + len(news.triples),
-                ADDED: int(np.count_nonzero(news.mentions_new)),
+                GROWTH: num_growth,
             },
             "duplicates": {split: news.num_duplicates if split == "train" else 0 for split in SPLITS},
             **met,
@@ -236,9 +238,9 @@ def _numbered(
     return new_names.take(pa.array(order)), [ids[code] for code in codes]
 
 
-def _hashes(parent: Graph, triples: Ints) -> npt.NDArray[np.uint64]:
-    """Return what decides the order of training triples, uint64[n]."""
-    return hashes(parent.facts["seed"], "order", dict(zip(TRIPLE_COLUMNS, triples.T, strict=True)))
+def _hashes(parent: Graph, triples: Ints, purpose: str = "order") -> npt.NDArray[np.uint64]:
+    """Return what decides the order of triples, uint64[n]; that of train is an ingest's."""
+    return hashes(parent.facts["seed"], purpose, dict(zip(TRIPLE_COLUMNS, triples.T, strict=True)))
 
 
 def _rows(graph: Graph, split: str) -> Iterator[Ints]:
@@ -279,9 +281,11 @@ def _write_names(draft: Path, parent: Graph, news: _News) -> None:
             writer.append({name: table.column(name) for name in TYPES_SCHEMA.names})
 
 
-def _write_train(draft: Path, parent: Graph, news: _News, advance: Advance) -> None:
-    """Write the old triples with the new ones between them, and those of the new ones that mention new names."""
-    done = 0
+def _write_train(draft: Path, parent: Graph, news: _News, num_others: int, advance: Advance) -> int:
+    """Write the old triples with the new ones between them, and those that new names learn from; count the latter."""
+    new_names, old_names = news.triples[news.mentions_new], news.triples[~news.mentions_new]
+    # The first ones in the order of a hash are drawn as evenly as any.
+    others, wanted, done = list[Ints](), num_others * len(new_names), 0
     with PartWriter(draft / "train", TRIPLES_SCHEMA) as writer:
         for rows in _rows(parent, "train"):
             old = _hashes(parent, rows)
@@ -289,11 +293,16 @@ def _write_train(draft: Path, parent: Graph, news: _News, advance: Advance) -> N
             both = np.concatenate([rows, news.triples[done:until]])
             order = np.argsort(np.concatenate([old, news.hashes[done:until]]), kind="stable")
             writer.append(_columns(both[order]))
+            others.append(rows[:wanted])
+            wanted -= len(others[-1])
             done = until
             advance(len(rows))
         writer.append(_columns(news.triples[done:]))
-    with PartWriter(draft / ADDED, TRIPLES_SCHEMA) as writer:
-        writer.append(_columns(news.triples[news.mentions_new]))
+    growth = np.concatenate([new_names, *others, old_names[:wanted]])
+    growth = growth[np.argsort(_hashes(parent, growth, "growth"), kind="stable")]
+    with PartWriter(draft / GROWTH, TRIPLES_SCHEMA) as writer:
+        writer.append(_columns(growth))
+    return len(growth)
 
 
 def _write_others(draft: Path, parent: Graph, news: _News, advance: Advance) -> dict[str, dict[str, int]]:
@@ -325,7 +334,7 @@ def _report(facts: Mapping[str, Any], parent: Graph, news: _News) -> None:
     log(
         f"graph {facts['name']}: {news.num_entities:,} entities, {len(news.entities):,} of them new; "
         f"{news.num_relations:,} relations, {len(news.relations):,} new; train {facts['num_triples']['train']:,}, "
-        f"{len(news.triples):,} new, {facts['num_triples'][ADDED]:,} of these with a new name"
+        f"{len(news.triples):,} new, {np.count_nonzero(news.mentions_new):,} of these with a new name"
     )
     if news.num_duplicates:
         log(f"  new triples that were there already, or twice, dropped: {news.num_duplicates:,}")

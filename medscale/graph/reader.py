@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from medscale.errors import GraphError
 from medscale.graph.schema import (
-    ADDED,
     ENTITIES,
     ENTITY_TYPES,
     GRAPH_FORMAT,
     GRAPH_KIND,
+    GROWTH,
     NAMES_SCHEMA,
     RELATIONS,
     SPLITS,
@@ -40,7 +40,7 @@ class Graph:
     name: str
     num_entities: int
     num_relations: int
-    #: by split: "train", "valid", "test"; of a graph that grew also "added", a part of train
+    #: by split: "train", "valid", "test"; of a graph that grew also "growth", a part of train
     num_triples: Mapping[str, int]
     #: of the manifest, which holds the hash of every file: the identity of the graph
     sha256: str
@@ -51,7 +51,7 @@ class Graph:
 
     def parts(self, split: str) -> list[Location]:
         """Return the Parquet files of a split, in order; none if it is empty."""
-        assert split in (*SPLITS, ADDED), split
+        assert split in (*SPLITS, GROWTH), split
         return self._under(split)
 
     def triples(self, split: str) -> npt.NDArray[np.int64]:
@@ -200,9 +200,9 @@ def _checked_facts(directory: Location, manifest: Manifest) -> tuple[str, int, i
         raise GraphError(f"{directory / MANIFEST} is damaged: name, num_entities or num_relations is missing")
     if not isinstance(triples, dict) or not all(_is_count(triples.get(split)) for split in SPLITS):
         raise GraphError(f"{directory / MANIFEST} is damaged: num_triples is missing or wrong")
-    if not _is_count(triples.get(ADDED, 0)):
+    if not _is_count(triples.get(GROWTH, 0)):
         raise GraphError(f"{directory / MANIFEST} is damaged: num_triples is wrong")
-    return name, entities, relations, {split: triples[split] for split in (*SPLITS, ADDED) if split in triples}
+    return name, entities, relations, {split: triples[split] for split in (*SPLITS, GROWTH) if split in triples}
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

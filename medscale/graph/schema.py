@@ -5,7 +5,7 @@
     relations.parquet                 id int64, name string
     entity_types/part-*.parquet       entity int64, type string, label string or null (where there are types)
     train|valid|test/part-*.parquet   head, relation, tail int64; rows shuffled once
-    added/part-*.parquet              of train, what mentions a name that the graph it grew out of lacks (where it did)
+    growth/part-*.parquet             of train, what vectors of new names alone learn from (of a graph that grew)
 
 Page checksums are always written and always verified: without them Parquet returns flipped bits silently.
 """
@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 from medscale.location import Location
 
 __all__ = [
-    "ADDED",
     "ENTITIES",
     "ENTITY_TYPES",
     "GRAPH_FORMAT",
     "GRAPH_KIND",
+    "GROWTH",
     "MAX_ID",
     "MAX_NAME_BYTES",
     "NAMES_SCHEMA",
@@ -45,8 +45,8 @@ GRAPH_KIND = "graph"
 GRAPH_FORMAT = 1
 
 SPLITS = ("train", "valid", "test")
-#: the training triples of a graph that grew which mention a new name: read as a split, and part of train
-ADDED = "added"
+#: of a graph that grew, the training triples that mention a new name, and some others: read as a split of its own
+GROWTH = "growth"
 ENTITIES, RELATIONS, ENTITY_TYPES = "entities", "relations.parquet", "entity_types"
 TRIPLE_COLUMNS = ("head", "relation", "tail")
 
