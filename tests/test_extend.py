@@ -55,14 +55,18 @@ JOBS = {
         "complex", model={"reciprocal": True}, optimizer={"kind": "adagrad"},
         loss={"regularizer": "n3", "regularizer_weights": (0.05,)},
     ),
-    "softmax of distances": quick("transe", loss={"kind": "softmax"}, negatives={"kind": "all"}),
+    "softmax-of-distances": quick("transe", loss={"kind": "softmax"}, negatives={"kind": "all"}),
     "chunks": quick("rotate", med={"weights": "learnable", "weights_lr": 0.01}),
-    "plain torch": quick(
+    "plain-torch": quick(
         "simple", loss={"kind": "bce", "regularizer": "l2", "regularizer_weights": (0.05,)},
         negatives={"kind": "per_positive"}, optimizer={"kind": "adagrad"}, model={"reciprocal": True},
         runtime={"kernels": "torch"},
     ),
 }  # fmt: skip
+
+PARENTS = {name: dataclasses.replace(job, name=name) for name, job in JOBS.items()}
+#: (workers, placement): what names of runs end in
+WORKERS = {(1, "auto"): "alone", (2, "table_wise"): "blocks", (2, "row_wise"): "rows"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Place:
     """A directory with raw files, graphs and runs."""
 
     root: Path
+    #: by what the names of their runs end in
+    jobs: dict[str, list[Job]] = dataclasses.field(default_factory=dict)
 
     @property
     def runs(self) -> Path:
@@ -125,39 +131,50 @@ def relations_of_first(tables: Tables, number: int) -> torch.Tensor:
     return torch.cat([table[:number], *inverses])
 
 
-def grow(workers: Workers, job: Job, graph_directory: Path, run: Path) -> str:
-    return train_worker(job, open_graph(graph_directory), run, CPU, workers, "auto")[0].name
+def grow(workers: Workers, jobs: list[Job], place: Place) -> list[str]:
+    return [
+        train_worker(
+            job, open_graph(place.root / "graphs" / job.graph_name), place.runs / job.name, CPU, workers, "auto"
+        )[0].name
+        for job in jobs
+    ]
 
 
-@pytest.mark.parametrize("name", list(JOBS))
-def test_frozen_rows_keep_every_bit_and_new_ones_move(toy_graph: Graph, tmp_path: Path, name: str) -> None:
-    """One worker, and two over gloo with whole blocks and with spread rows."""
-    place = place_of(tmp_path / "place", toy_graph)
-    trained_parent(place, JOBS[name])
-    before = tables_of(place.runs / "ring")
-    drawn = None
-    for size, placement in ((1, "auto"), (2, "table_wise"), (2, "row_wise")):
-        job = extended_job(JOBS[name], ["new.tsv"], name=f"grown-{size}-{placement}", **place.where)
-        runtime = dataclasses.replace(job.runtime, workers=size, placement=placement)
-        job = dataclasses.replace(job, runtime=runtime)
-        graph, run = place.prepared(job), place.runs / job.name
-        assert in_group(size, tmp_path, grow, job, graph.directory, run) == ["FINISHED"] * size
-        after = tables_of(run)
-        num_entities, num_relations = before.layout.num_entities, before.layout.num_relations
-        assert (after.layout.num_entities, after.layout.num_relations) == (num_entities + 5, num_relations + 1)
-        for old, new in zip(before.rows().blocks, after.rows().blocks, strict=True):
-            np.testing.assert_array_equal(bits(old), bits(new[:num_entities]))
-        np.testing.assert_array_equal(
-            bits(relations_of_first(before, num_relations)), bits(relations_of_first(after, num_relations))
-        )
-        if drawn is None:
-            with process_group(CPU):
-                trainer = Trainer(job, graph, tmp_path / "drawn", CPU)
-                trainer.initialise()
-                drawn = [trainer.table.all_rows().slice(num_entities, num_entities + 5), trainer.relations.data.clone()]
-        assert (after.rows().slice(num_entities, num_entities + 5) != drawn[0]).any(1).all()
-        inverse = [num_relations, 2 * num_relations + 1][: 1 + after.layout.reciprocal]
-        assert (after.relation_table[inverse] != drawn[1][inverse]).any(1).all()
+@pytest.fixture(scope="module")
+def frozen(toy_graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Runs of all kinds of jobs, and their growth: by one worker, and by two with whole blocks and with spread rows."""
+    place = place_of(tmp_path_factory.mktemp("frozen"), toy_graph)
+    for name, job in PARENTS.items():
+        trained_parent(place, job)
+        for (size, placement), suffix in WORKERS.items():
+            grown = extended_job(job, ["new.tsv"], name=f"{name}-{suffix}", **place.where)
+            place.prepared(grown)
+            runtime = dataclasses.replace(grown.runtime, workers=size, placement=placement)
+            place.jobs.setdefault(suffix, []).append(dataclasses.replace(grown, runtime=runtime))
+    for (size, _), suffix in WORKERS.items():
+        assert in_group(size, place.root, grow, place.jobs[suffix], place) == [["FINISHED"] * len(PARENTS)] * size
+    return place
+
+
+@pytest.mark.parametrize("suffix", list(WORKERS.values()))
+@pytest.mark.parametrize("name", list(PARENTS))
+def test_frozen_rows_keep_every_bit_and_new_ones_move(frozen: Place, name: str, suffix: str) -> None:
+    before, after = tables_of(frozen.runs / name), tables_of(frozen.runs / f"{name}-{suffix}")
+    num_entities, num_relations = before.layout.num_entities, before.layout.num_relations
+    assert (after.layout.num_entities, after.layout.num_relations) == (num_entities + 5, num_relations + 1)
+    for old, new in zip(before.rows().blocks, after.rows().blocks, strict=True):
+        np.testing.assert_array_equal(bits(old), bits(new[:num_entities]))
+    np.testing.assert_array_equal(
+        bits(relations_of_first(before, num_relations)), bits(relations_of_first(after, num_relations))
+    )
+    (job,) = (job for job in frozen.jobs[suffix] if job.name == f"{name}-{suffix}")
+    job = dataclasses.replace(job, runtime=dataclasses.replace(job.runtime, workers=1))
+    with process_group(CPU):
+        drawn = Trainer(job, open_graph(frozen.root / "graphs" / job.graph_name), frozen.root / "drawn", CPU)
+        drawn.initialise()
+    assert (after.rows().slice(num_entities, num_entities + 5) != drawn.table.all_rows().slice(90, 95)).any(1).all()
+    inverse = [num_relations, 2 * num_relations + 1][: 1 + after.layout.reciprocal]
+    assert (after.relation_table[inverse] != drawn.relations.data[inverse]).any(1).all()
 
 
 def test_trained_rows_go_on_from_the_parent_with_its_state(toy_graph: Graph, tmp_path: Path) -> None:
@@ -191,18 +208,19 @@ def test_trained_rows_go_on_from_the_parent_with_its_state(toy_graph: Graph, tmp
         assert (trainer.table.all_rows().slice(0, 95) != before).any(1).all()
 
 
-@pytest.mark.parametrize("fault", ["step:2", "before-rename:2"])
-def test_killed_and_started_again_ends_bit_for_bit_the_same(toy_graph: Graph, tmp_path: Path, fault: str) -> None:
+def test_killed_and_started_again_ends_bit_for_bit_the_same(toy_graph: Graph, tmp_path: Path) -> None:
+    """Before the first checkpoint, and inside a later one."""
     place = place_of(tmp_path, toy_graph)
-    base = quick("transe", checkpoint={"every_steps": 1}, train={"batch_size": 10}, optimizer={"kind": "adagrad"})
+    base = quick("transe", checkpoint={"every_steps": 2}, train={"batch_size": 50}, optimizer={"kind": "adagrad"})
     trained_parent(place, base)
     job = extended_job(base, ["new.tsv"], name="straight", **place.where)
     graph = place.prepared(job)
     assert children.run_to_end(job, graph.directory, place.runs / "straight") == 0
-    again = place.runs / "again"
-    assert children.run_to_end(job, graph.directory, again, fault) == children.KILLED
-    assert children.run_to_end(job, graph.directory, again) == 0
-    assert_same_end(place.runs / "straight", again)
+    for fault in ("step:1", "before-rename:2"):
+        again = place.runs / fault.replace(":", "-")
+        assert children.run_to_end(job, graph.directory, again, fault) == children.KILLED
+        assert children.run_to_end(job, graph.directory, again) == 0
+        assert_same_end(place.runs / "straight", again)
 
 
 # The command
@@ -381,6 +399,8 @@ def test_held_out_entities_are_learned_and_the_others_untouched(data_dir: Path, 
         )
     learned = mrr(graph, after.rows(), after.relation_table, after.layout, new["test"], everything)
     unchanged = mrr(graph, after.rows(), after.relation_table, after.layout, old["test"], everything)
+    print(untrained, learned, unchanged)
     assert untrained < 0.2
-    assert learned > 0.5, (untrained, learned, unchanged)
+    assert learned > 0.7
+    assert unchanged > 0.7, "new rows stand where they do not belong"
     export_run(job, runs_dir=place.runs, graphs_dir=tmp_path / "graphs")
