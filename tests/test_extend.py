@@ -177,6 +177,18 @@ def test_frozen_rows_keep_every_bit_and_new_ones_move(frozen: Place, name: str, 
     assert (after.relation_table[inverse] != drawn.relations.data[inverse]).any(1).all()
 
 
+@pytest.mark.parametrize("name", ["softmax", "chunks"])
+def test_a_relation_alone_may_be_new(toy_graph: Graph, tmp_path: Path, name: str) -> None:
+    place = place_of(tmp_path, toy_graph)
+    write(tmp_path / "new.tsv", [(f"e{i:03d}", "besides", f"e{i + 3:03d}") for i in range(40)])
+    trained_parent(place, PARENTS[name])
+    job = extended_job(PARENTS[name], ["new.tsv"], **place.where)
+    train(job, place.prepared(job), place.runs / job.name)
+    before, after = tables_of(place.runs / name), tables_of(place.runs / job.name)
+    np.testing.assert_array_equal(bits(before.rows().slice(0, 90)), bits(after.rows().slice(0, 90)))
+    np.testing.assert_array_equal(bits(relations_of_first(before, 4)), bits(relations_of_first(after, 4)))
+
+
 def test_trained_rows_go_on_from_the_parent_with_its_state(toy_graph: Graph, tmp_path: Path) -> None:
     """All triples are trained on; before the first step rows and Adagrad's sums are the parent's."""
     place = place_of(tmp_path, toy_graph)
