@@ -156,20 +156,25 @@ class Trainer:
         """
         self.lineage = lineage_of(self.job, self.graph, parent)
         num_entities, num_relations = old_sizes(self.graph)
+
+        def old(tables: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+            return {name: first_rows(table, num_entities) for name, table in tables.items()}
+
+        # Inverse relations lie behind all relations, so the rows of old ones are not the first of this table.
         rows = self.layout.relation_rows_of(num_relations)
-        state = self._state()
-        if self.job.optimizer.kind == "adam":
-            del state["fused"], state["dense_optimizer"]
-        old, here = {}, {}
-        for part, tensors in state.items():
-            sharded = {name: first_rows(t, num_entities) for name, t in tensors.items() if isinstance(t, ShardedTensor)}
-            dense = {name: t for name, t in tensors.items() if name not in sharded}
-            here[part] = {name: t for name, t in dense.items() if t.shape == self.relations.shape}
-            old[part] = sharded | {n: t[: len(rows)].clone() if n in here[part] else t for n, t in dense.items()}
-        load(parent, old, collective=True)
-        for part, tensors in here.items():
-            for name, tensor in tensors.items():
-                tensor[rows] = old[part][name]
+        here = [self.relations.data]
+        if self.job.optimizer.kind != "adam":
+            here.append(self.optimizers.dense_state()["sum"])
+        before = [torch.empty_like(table[: len(rows)]) for table in here]
+        state: dict[str, Any] = {
+            "entities": old(self.table.weights()),
+            "dense": {"relations": before[0], "scaling": self.objective.scaling.values.data},
+        }
+        if len(here) > 1:
+            state |= {"fused": old(self.table.optimizer_state()), "dense_optimizer": {"sum": before[1]}}
+        load(parent, {name: tensors for name, tensors in state.items() if tensors}, collective=True)
+        for table, old_rows in zip(here, before, strict=True):
+            table[rows] = old_rows
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take over tables, optimizer state and progress of a verified checkpoint.
