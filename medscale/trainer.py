@@ -148,7 +148,8 @@ class Trainer:
     def grow(self, parent: Checkpoint) -> None:
         """Take over the rows of a verified checkpoint of the run that this one grows out of; new rows stay as drawn.
 
-        Adagrad's state of the rows comes along. Adam's begins anew: it counts its steps for all rows together.
+        Adagrad's state of the rows comes along, if both runs use the same. Adam's begins anew: it counts its steps for
+        all rows together.
 
         Raises:
             CheckpointError: the parent has another model, or is not of the graph that this run's grew out of.
@@ -163,7 +164,7 @@ class Trainer:
         # Inverse relations lie behind all relations, so the rows of old ones are not the first of this table.
         rows = self.layout.relation_rows_of(num_relations)
         here = [self.relations.data]
-        if self.job.optimizer.kind != "adam":
+        if parent.facts["job"]["optimizer"]["kind"] == self.job.optimizer.kind != "adam":
             here.append(self.optimizers.dense_state()["sum"])
         before = [torch.empty_like(table[: len(rows)]) for table in here]
         state: dict[str, Any] = {
