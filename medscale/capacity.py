@@ -19,6 +19,7 @@ __all__ = [
     "Limits",
     "advice_on",
     "fitting",
+    "free_in_group",
     "in_gib",
     "limits_of",
     "on_cuda",
@@ -79,9 +80,19 @@ def limits_of(job: Job) -> Limits:
 def _free_memory() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(free, int(text)) if text.isdigit() else free
+    return min(free, free_in_group(Path("/sys/fs/cgroup"), free))
+
+
+def free_in_group(group: Path, otherwise: int) -> int:
+    """Return the bytes that a control group (version 2) may still take, or `otherwise` if it has no limit.
+
+    What it holds of files that nobody has used lately is given back when memory runs short, and counts as free.
+    """
+    limit, used = group / "memory.max", group / "memory.current"
+    if not (limit.is_file() and used.is_file() and limit.read_text().strip().isdigit()):
+        return otherwise
+    counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return max(0, int(limit.read_text()) - int(used.read_text()) + int(counters["inactive_file"]))
 
 
 def require_memory(job: Job, memory: Memory, limits: Limits) -> None:

@@ -1,4 +1,4 @@
-"""Ray, for jobs that ask for it: the cluster at hand, and functions that run as its tasks.
+"""Ray, for jobs that ask for it: the cluster at hand, actors on it, and functions that run as its tasks.
 
 Ray is imported when it is first needed; most jobs do without it.
 """
@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medscale.errors import UnsupportedError, WorkerError
+from medscale.errors import MedscaleError, UnsupportedError, WorkerError
 from medscale.logs import Advance
 
-__all__ = ["HERE", "Tasks", "cluster", "tasks_of"]
+__all__ = ["HERE", "Tasks", "cluster", "result_of", "start_actor", "tasks_of"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 #: how often a task is run again after its process, or its node, died
 MAX_RETRIES = 3
+#: how often an actor that dies is started anew, and what it was asked is asked again
+MAX_RESTARTS = 10
 
 
 @contextlib.contextmanager
@@ -68,6 +70,36 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def start_actor(kind: type, *arguments: Any) -> Any:
+    """Start an actor, and return its handle; it is started anew when it dies.
+
+    It reserves no core: a cluster has its workers' cores, and actors work in the gaps.
+    """
+    import ray
+
+    restarts = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+    actor: Any = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", **restarts)(kind)
+    return actor.remote(*arguments)
+
+
+def result_of(reference: Any) -> Any:
+    """Wait for what a task or an actor's method returns.
+
+    Raises:
+        RayError: its process died, more often than it is started anew, or its result was lost.
+        Exception: what it raised, here as there.
+
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        # Only of what is not a user's mistake does it matter where it happened.
+        raise error.cause from (None if isinstance(error.cause, MedscaleError) else error)
 
 
 class Tasks:
@@ -163,13 +195,10 @@ def _task(function: Callable[[Item, Advance], Result], item: Item, stop: Path) -
 
 
 def _result(reference: Any, name: str) -> Any:
-    import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError
 
     try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from error
+        return result_of(reference)
     except RayError as error:
         lines = str(error).strip().splitlines() or [""]
         raise WorkerError(

@@ -10,21 +10,18 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
+from medscale.cluster import result_of, start_actor
 from medscale.config import Job
 from medscale.distributed import choose_threads
-from medscale.errors import MedscaleError, WorkerError
+from medscale.errors import WorkerError
 from medscale.graph.reader import Graph, open_graph
 from medscale.jobfile import dump_job, parse_job
 from medscale.location import Location
 from medscale.validation import count_committed
 
 __all__ = ["RayEvaluators", "start_evaluators"]
-
-
-#: how often one that dies is started anew
-MAX_RESTARTS = 10
 
 
 class Evaluator:
@@ -45,12 +42,8 @@ class Evaluator:
 
 def start_evaluators(job: Job, graph: Graph, run_directory: Path) -> list[Any]:
     """Start the job's evaluators, and return their handles; each is started anew when it dies."""
-    # They reserve no core, as readers do not.
-    actor: Any = ray.remote(
-        num_cpus=0, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, scheduling_strategy="SPREAD"
-    )(Evaluator)
     places = graph.directory.resolve(), run_directory.resolve()
-    return [actor.remote(dump_job(job), *places, part) for part in range(job.runtime.evaluators)]
+    return [start_actor(Evaluator, dump_job(job), *places, part) for part in range(job.runtime.evaluators)]
 
 
 class RayEvaluators:
@@ -80,11 +73,7 @@ class RayEvaluators:
 
         """
         try:
-            halves_2nT: NDArray[np.int64] = sum(ray.get(self._counting))
-        except RayTaskError as error:
-            if isinstance(error.cause, MedscaleError):
-                raise error.cause from None
-            raise
+            halves_2nT: NDArray[np.int64] = sum(map(result_of, self._counting))
         except RayError as error:
             raise WorkerError(f"evaluators were lost at step {self._step}: {error}; run again to go on") from error
         return halves_2nT

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -200,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for field in fields(Speeds):
         option = f"--{field.name.replace('_', '-')}"
         assumed.add_argument(option, type=float, default=field.default, metavar="X", help=f"default: {field.default:g}")
-    parser.add_argument("--formulas", action="store_true", help="print by which formulas all this is counted, and end")
+    parser.add_argument("--formulas", action=_Formulas, help="print by which formulas all this is counted, and end")
     arguments = parser.parse_args(argv)
     given = (arguments.num_entities, arguments.num_relations, arguments.num_triples)
     if any(number is not None and number < 1 for number in given) or 0 < given.count(None) < 3:
@@ -209,13 +210,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in positive:
         if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0, and finite")
+    if arguments.reached > 1:
+        parser.error("--reached is a share: at most 1")
     return run_command(lambda: _main(arguments))
 
 
-def _main(arguments: argparse.Namespace) -> int:
-    if arguments.formulas:
+class _Formulas(argparse.Action):
+    """Prints the formulas and ends, as `--help` does: no job is needed."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **keywords)
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
         print("\n".join(formulas()))
-        return 0
+        parser.exit()
+
+
+def _main(arguments: argparse.Namespace) -> int:
     job = _with_machines(load_job(arguments.job), arguments)
     given = (arguments.num_entities, arguments.num_relations, arguments.num_triples)
     if None not in given:
@@ -224,7 +235,9 @@ def _main(arguments: argparse.Namespace) -> int:
         size = size_of(job, arguments.graphs_dir, arguments.data_dir)
     speeds = Speeds(**{field.name: getattr(arguments, field.name) for field in fields(Speeds)})
     predicted, limits = plan(job, size, speeds), limits_of(job)
-    if on_cuda(job) and arguments.host_memory_gib is not None:
+    if arguments.host_memory_gib is not None:
+        if not on_cuda(job):
+            raise ConfigError(["--host-memory-gib is for workers on cuda; on cpu --memory-gib says it all"])
         limits = replace(limits, host=int(arguments.host_memory_gib * 2**30))
     _print(job, size, predicted, arguments.runs_dir, limits)
     if predicted.step_seconds:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from medscale.batches.partitions import Feed, PartitionReader, ReaderCounts, order_of
+from medscale.cluster import result_of, start_actor
 from medscale.config import Job
-from medscale.errors import MedscaleError, WorkerError
+from medscale.errors import WorkerError
 from medscale.graph.reader import Graph, open_graph
 from medscale.location import Location
 
@@ -23,18 +24,15 @@ __all__ = ["feed_of", "start_readers"]
 
 #: how often a partition is asked for anew after its copy in the object store, or its reader, was lost
 _ATTEMPTS = 5
-
-
-#: how often one that dies is started anew
-MAX_RESTARTS = 10
+#: partitions that a reader keeps: workers are so far apart at most
+_KEPT = 3
 
 
 class Reader:
     """One process that reads; the last partitions it still has, for the other workers that ask."""
 
-    def __init__(self, graph_directory: Location, seed: int, split: str, number: int, kept: int) -> None:
+    def __init__(self, graph_directory: Location, seed: int, split: str, number: int) -> None:
         self._reader = PartitionReader(open_graph(graph_directory, verify=False), seed, number, split=split)
-        self._kept = kept
         self._recent: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
     def read(self, epoch: int, place: int) -> tuple[list[Any], ReaderCounts]:
@@ -42,7 +40,7 @@ class Reader:
         key = epoch, place
         if key not in self._recent:
             self._recent[key] = ray.put(self._reader.read(epoch, place))
-            while len(self._recent) > self._kept:
+            while len(self._recent) > _KEPT:
                 self._recent.popitem(last=False)
         return [self._recent[key]], self._reader.counts
 
@@ -53,12 +51,8 @@ class Reader:
 
 def start_readers(job: Job, graph: Graph) -> list[Any]:
     """Start the job's readers, and return their handles; each is started anew when it dies."""
-    # They reserve no core: a cluster has its workers' cores, and readers work in the gaps.
-    actor: Any = ray.remote(
-        num_cpus=0, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, scheduling_strategy="SPREAD"
-    )(Reader)
     what = graph.directory.resolve(), job.seed, job.trained_split
-    return [actor.remote(*what, number, kept=3) for number in range(job.runtime.readers)]
+    return [start_actor(Reader, *what, number) for number in range(job.runtime.readers)]
 
 
 def feed_of(readers: list[Any], job: Job, graph: Graph) -> Feed:
@@ -71,13 +65,9 @@ def feed_of(readers: list[Any], job: Job, graph: Graph) -> Feed:
         lost: RayError | None = None
         for _ in range(_ATTEMPTS):
             try:
-                (partition,), counts[number] = ray.get(readers[number].read.remote(epoch, place))
-                triples: NDArray[np.int64] = ray.get(partition)
+                (partition,), counts[number] = result_of(readers[number].read.remote(epoch, place))
+                triples: NDArray[np.int64] = result_of(partition)
                 return triples
-            except RayTaskError as error:
-                if isinstance(error.cause, MedscaleError):
-                    raise error.cause from None
-                raise
             except RayError as error:
                 lost = error
         raise WorkerError(f"reader {number} was lost {_ATTEMPTS} times: {lost}; see its log, and run again to go on")

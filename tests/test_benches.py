@@ -127,6 +127,39 @@ def test_prepare_scale() -> None:
 
 
 @pytest.mark.slow
+def test_skg_scale() -> None:
+    records = quick("skg_scale")
+    assert next(r["times_smallest"] for r in records) == 1
+    for record in records:
+        assert 0 < record["slowest_window_per_s"] <= record["triples_per_s"]
+        assert record["epoch_s"] == pytest.approx(record["triples"] / record["triples_per_s"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_skg_run() -> None:
+    records = quick("skg_run")
+    assert [r["stage"] for r in records] == ["prepare", "train", "evaluate", "export"]
+    train = records[1]
+    assert 0 < train["slowest_per_s"] <= train["triples_per_s"]
+    assert train["peak_mib"] > 100
+
+
+@pytest.mark.slow
+def test_readers() -> None:
+    records = quick("readers")
+    assert [r["readers"] for r in records] == [0, 1, 2]
+    assert all(len(r["reader_triples_per_s"]) == max(1, r["readers"]) for r in records)
+
+
+@pytest.mark.slow
+def test_scaling() -> None:
+    records = quick("scaling")
+    assert [(r["system"], r["workers"]) for r in records] == [("one", 1), ("strong", 2), ("weak", 2)]
+    for record in records:
+        assert (record["mib_per_step"] > 0) == (record["workers"] > 1) == (record["communication"] > 0)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("pykeen") is None, reason="PyKEEN is not installed: pip install pykeen")
 def test_peers(data_dir: Path) -> None:
     records = quick("peers", "--data-dir", str(data_dir))

@@ -46,7 +46,8 @@ def write(path: Path, triples: Sequence[Triple]) -> None:
 
 
 def quick(scorer: str, **changes: Any) -> Job:
-    changes["train"] = {"epochs": 3} | changes.get("train", {})
+    changes["train"] = {"epochs": 2} | changes.get("train", {})
+    changes["checkpoint"] = {"every_steps": 100} | changes.get("checkpoint", {})
     return toy_job(scorer, name="ring", runtime={"threads": 1} | changes.pop("runtime", {}), **changes)
 
 

@@ -20,7 +20,9 @@ LAYERS = (
     ("loss", "objective"),
     ("distributed", "sharding", "traffic", "optimizer"),
     ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation", "lineage"),
-    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "report"),
+    ("results", "markup", "figures", "places"),
+    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor"),
+    ("tiers", "page", "report"),
     ("launch", "readers", "evaluators", "extend", "train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

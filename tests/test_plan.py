@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from toy import toy_job
 
-from medscale.capacity import Limits, fitting, smallest_fitting
+from medscale.capacity import Limits, fitting, free_in_group, smallest_fitting
 from medscale.cli import main as medscale
 from medscale.config import Job
 from medscale.errors import CapacityError
@@ -147,8 +147,25 @@ def test_the_command_says_what_would_fit(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr()
     assert "skg fits: 32 workers, runtime.placement table_wise, table_memory device" in shown.out
     assert "network_gb_s 50" in " ".join(shown.out.split())
-    assert medscale(["plan", str(SKG), "--formulas"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        medscale(["plan", "--formulas"])
     assert "reduce-scatter of W partial sums" in capsys.readouterr().out
+    assert medscale(["plan", str(ROOT / "jobs" / "umls.yaml"), "--host-memory-gib", "80", *HUGE[2:]]) == 2
+    assert "--host-memory-gib is for workers on cuda" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        medscale(["plan", str(SKG), "--reached", "7", *HUGE])
+
+
+def test_free_memory_of_a_control_group(tmp_path: Path) -> None:
+    assert free_in_group(tmp_path, 77) == 77, "no such group"
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 200\n")
+    assert free_in_group(tmp_path, 77) == 77, "no limit"
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_in_group(tmp_path, 77) == 1000 - 600 + 200
+    (tmp_path / "memory.max").write_text("300\n")
+    assert free_in_group(tmp_path, 77) == 0, "more is in use than may be"
 
 
 def test_the_paper_plan_is_what_the_plan_counts() -> None:

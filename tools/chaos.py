@@ -77,10 +77,12 @@ def trials(tests: list[str]) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         choice = ["-k", " or ".join(names)] if names else []
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", *files, *choice, f"--junitxml={report}"],
             cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
+        if done.returncode:
+            print(done.stdout[-8000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
         return [
             {
                 "trial": case.get("name"),
