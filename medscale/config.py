@@ -309,7 +309,7 @@ class ExtendSection:
     others: int = key(
         4,
         "frozen: for each triple that mentions a new name so many that do not, drawn evenly, are trained on: among "
-        "their answers new vectors learn where they do not belong",
+        "their answers new vectors learn where they do not belong; more guard old answers better, and take longer",
         minimum=0,
     )
 

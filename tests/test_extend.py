@@ -56,7 +56,6 @@ JOBS = {
         "complex", model={"reciprocal": True}, optimizer={"kind": "adagrad"},
         loss={"regularizer": "n3", "regularizer_weights": (0.05,)},
     ),
-    "softmax-of-distances": quick("transe", loss={"kind": "softmax"}, negatives={"kind": "all"}),
     "chunks": quick("rotate", med={"weights": "learnable", "weights_lr": 0.01}),
     "plain-torch": quick(
         "simple", loss={"kind": "bce", "regularizer": "l2", "regularizer_weights": (0.05,)},
