@@ -19,11 +19,11 @@ LAYERS = (
     ("model",),
     ("loss", "objective"),
     ("distributed", "sharding", "traffic", "optimizer"),
-    ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
+    ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation", "lineage"),
     ("results", "markup", "figures", "places"),
     ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor"),
     ("tiers", "page", "report"),
-    ("launch", "readers", "evaluators", "train", "export", "cli"),
+    ("launch", "readers", "evaluators", "extend", "train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
