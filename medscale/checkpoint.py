@@ -54,6 +54,7 @@ __all__ = [
     "committed_directory",
     "committed_steps",
     "find_resumable",
+    "first_rows",
     "layout_facts",
     "layout_from_facts",
     "load",
@@ -167,6 +168,24 @@ def _cut(tensor: ShardedTensor) -> ShardedTensor:
     whole, number_bytes = tensor.metadata(), tensor.dtype.itemsize
     metadata = dataclasses.replace(
         whole, shards_metadata=[piece for shard in whole.shards_metadata for piece in _pieces(shard, number_bytes)]
+    )
+    return ShardedTensor._init_from_local_shards_and_global_metadata(local, metadata)
+
+
+def first_rows(tensor: ShardedTensor, num_rows: int) -> ShardedTensor:
+    """Return the first rows of a sharded tensor, sharing memory with it: a smaller table's loads into them."""
+
+    def kept(shard: ShardMetadata) -> list[ShardMetadata]:
+        rows = min(shard.shard_sizes[0], num_rows - shard.shard_offsets[0])
+        sizes = [rows, *shard.shard_sizes[1:]]
+        return [ShardMetadata(shard.shard_offsets, sizes, placement=shard.placement)] if rows > 0 else []
+
+    whole = tensor.metadata()
+    local = [Shard(s.tensor[: part.shard_sizes[0]], part) for s in tensor.local_shards() for part in kept(s.metadata)]
+    metadata = dataclasses.replace(
+        whole,
+        shards_metadata=[part for shard in whole.shards_metadata for part in kept(shard)],
+        size=torch.Size([num_rows, *whole.size[1:]]),
     )
     return ShardedTensor._init_from_local_shards_and_global_metadata(local, metadata)
 
@@ -532,6 +551,9 @@ def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     """Return `key: saved -> current` for every key that differs and must not; both are resolved jobs."""
     before, now = _flat(saved), _flat(current)
     keys = sorted((before.keys() | now.keys()) - MUTABLE_KEYS)
+    # How a run would be extended is no part of it.
+    if before.get("extend.run") is None and now.get("extend.run") is None:
+        keys = [k for k in keys if not k.startswith("extend.")]
     # The end of a linear schedule is part of what every step computes.
     if now.get("optimizer.schedule") == "linear":
         keys.append("train.epochs")

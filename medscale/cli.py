@@ -12,10 +12,11 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "prepare": "turn raw files, or a generator, into a graph directory; `train` does it the first time",
     "plan": "say what a job will need (memory, parameters, steps, files) before anything runs",
-    "train": "run a whole job: prepare, train, evaluate, export; goes on where an earlier run stopped",
+    "train": "run a whole job: prepare, train, evaluate, export; goes on where it stopped; --extend adds triples",
     "evaluate": "rank a split at every sub-model, from the best checkpoint",
     "export": "cut the tiers out of a checkpoint into files to ship",
-    "report": "one table of a finished run: tier, quality, bytes, look-up time",
+    "tiers": "say which dim keeps a share of the quality, or is the best that fits in a number of bytes",
+    "report": "a finished run as one table (tier, quality, bytes, look-up time) and one HTML page with figures",
     "doctor": "check this machine and its libraries, and say how to repair what is wrong",
 }
 

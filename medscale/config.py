@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointSection",
     "EvaluateSection",
     "ExportSection",
+    "ExtendSection",
     "GraphSection",
     "Job",
     "LossSection",
@@ -283,6 +284,38 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtendSection:
+    """Growing out of another run: `train JOB --extend FILES` fills it in; `rows` may be said beforehand."""
+
+    run: str | None = key(
+        None,
+        "the run that is extended, in the same directory of runs; its model is this job's. Old entities and relations "
+        "keep their ids and start from its vectors; valid and test are its graph's; default: the job extends none",
+        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    )
+    graph: str | None = key(
+        None,
+        "name of the graph that it was trained on; default: its own name",
+        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    )
+    step: int | None = key(None, "its checkpoint to start from; default: its best, else its newest", minimum=0)
+    triples: tuple[str, ...] = key(
+        (), "files of new training triples, relative to the data root and of the form of graph.train; globs allowed"
+    )
+    rows: Literal["frozen", "trained"] = key(
+        "frozen",
+        "old entities and relations: `frozen` keeps their vectors bit for bit, and trains those of new names on the "
+        "triples that mention one and on `others`, without validating; `trained` goes on with all rows and all triples",
+    )
+    others: int = key(
+        4,
+        "frozen: for each triple that mentions a new name so many that do not, drawn evenly, are trained on: among "
+        "their answers new vectors learn where they do not belong; more guard old answers better, and take longer",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateSection:
     """Filtered ranking of a split at every sub-model."""
 
@@ -393,6 +426,7 @@ class Job:
     optimizer: OptimizerSection = key(OptimizerSection(), "how columns move")
     train: TrainSection = key(REQUIRED, "how long, in what portions")
     checkpoint: CheckpointSection = key(CheckpointSection(), "saving and resuming")
+    extend: ExtendSection = key(ExtendSection(), "growing out of another run")
     evaluate: EvaluateSection = key(EvaluateSection(), "ranking")
     export: ExportSection = key(ExportSection(), "the tiers as files")
     runtime: RuntimeSection = key(RuntimeSection(), "the machine")
@@ -401,6 +435,16 @@ class Job:
     def graph_name(self) -> str:
         """The name of the graph directory."""
         return self.graph.name or self.name
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the rows of the run that this one grows out of stay as they are."""
+        return self.extend.run is not None and self.extend.rows == "frozen"
+
+    @property
+    def trained_split(self) -> str:
+        """The triples that are trained on: all, or what rows that move learn from."""
+        return "growth" if self.freezes else "train"
 
 
 #: What a preset says for keys that the file leaves open. `paper` is the letter of the paper wherever that is
@@ -432,6 +476,7 @@ def conflicts(job: Job) -> Iterator[tuple[str, str]]:
     yield from _graph_conflicts(job.graph)
     yield from _model_conflicts(job.model, job.export)
     yield from _loss_conflicts(job)
+    yield from _extend_conflicts(job)
     if job.train.watch_dim is not None and job.train.watch_dim not in job.model.dims:
         yield "train.watch_dim", f"{job.train.watch_dim} is not one of model.dims"
     if job.train.patience is not None and job.train.validate_every == 0:
@@ -547,6 +592,26 @@ def _loss_conflicts(job: Job) -> Iterator[tuple[str, str]]:
         yield "loss.regularizer_weights", f"is 0, which makes loss.regularizer {loss.regularizer} do nothing"
     if loss.regularizer == "none" and any(loss.regularizer_weights):
         yield "loss.regularizer_weights", "is set, but loss.regularizer is none"
+
+
+def _extend_conflicts(job: Job) -> Iterator[tuple[str, str]]:
+    extend = job.extend
+    if extend.run is None:
+        for name in ("graph", "step", "triples"):
+            if getattr(extend, name) not in (None, ()):
+                yield f"extend.{name}", "needs extend.run, the run that is extended"
+        return
+    if not extend.triples:
+        yield "extend.triples", "is missing: name files of new triples"
+    if extend.run == job.name:
+        yield "extend.run", f"{extend.run} is the job's own name: give the job that grows out of it another"
+    if job.graph_name == (extend.graph or extend.run):
+        yield "graph.name", f"{job.graph_name} is the graph that is extended: give the larger one another name"
+    if job.freezes and job.train.validate_every:
+        yield (
+            "train.validate_every",
+            "must be 0 with extend.rows frozen: the validation triples mention no row that moves",
+        )
 
 
 def _short(dims: tuple[int, ...]) -> str:

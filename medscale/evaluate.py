@@ -1,4 +1,4 @@
-"""Filtered evaluation of every sub-model: `python -m medscale.evaluate JOB`.
+"""Filtered evaluation of every sub-model: `python -m medscale.evaluate JOB_OR_RUN`.
 
 Writes into the run directory: `evaluation.json` (the records, see `ranking.records_of`), `evaluation_summary.json`
 (parameters, MRR per million parameters, ability retention, what was ranked) and `evaluation_by_relation.csv`; with
@@ -28,7 +28,7 @@ from medscale.errors import CheckpointError, GraphError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
 from medscale.logs import console, log, progress
-from medscale.options import job_parser, run_command
+from medscale.options import job_parser, run_command, run_of
 from medscale.ranking import (
     Ranks,
     ability_retention,
@@ -165,7 +165,9 @@ def print_table(records: Sequence[dict[str, Any]], summary: dict[str, Any]) -> N
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     parser = job_parser(
-        "evaluate", "Rank a split with every sub-model of a trained job: filtered, both sides, all entities."
+        "evaluate",
+        "Rank a split with every sub-model of a trained job: filtered, both sides, all entities.",
+        or_run=True,
     )
     parser.add_argument("--split", choices=("test", "valid"), help="default: the job's evaluate.split")
     parser.add_argument(
@@ -178,12 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    from medscale.jobfile import load_job
     from medscale.prepare import prepare
 
-    job = load_job(arguments.job)
+    job, run_directory = run_of(arguments.job, arguments.runs_dir)
     graph = prepare(job, data_root=arguments.data_dir, graphs_root=arguments.graphs_dir)
-    run_directory = arguments.runs_dir / job.name
     records, summary = evaluate(job, graph, run_directory, split=arguments.split, step=arguments.step)
     if arguments.json:
         for record in records:

@@ -56,6 +56,8 @@ class GraphSize:
     num_test: int
     #: where the numbers come from
     source: str
+    #: of a graph that grew: of the training triples, those that vectors of new names alone learn from
+    num_growth: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Optimizers: fused on the entity blocks, torch.optim on relations and scaling parameters, one schedule."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,8 +59,11 @@ class Optimizers:
         relations: Tensor,
         scaling: Tensor,
         scaling_lr: float,
+        frozen_relations: Sequence[int] = (),
     ) -> None:
+        """Drive the optimizers of the tables; rows `frozen_relations` of the relation table stay as they are."""
         self.section, self.table = section, table
+        self.frozen = torch.tensor(frozen_relations, dtype=torch.int64, device=relations.device)
         self.relations, self.scaling = relations, scaling
         rate = section.relation_lr or section.lr
         self.dense = (
@@ -77,6 +81,9 @@ class Optimizers:
 
     def step_dense(self) -> None:
         """Update relations, and w1, w2, w3 where they are trained (plain gradient descent, own rate)."""
+        if self.relations.grad is not None and len(self.frozen):
+            # Without weight decay or momentum of their own, rows with a gradient of +0 keep every bit.
+            self.relations.grad.index_fill_(0, self.frozen, 0.0)
         self.dense.step()
         self.dense.zero_grad(set_to_none=True)
         if self.scaling.grad is not None:

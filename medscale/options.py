@@ -7,11 +7,13 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from medscale.config import Job
 from medscale.errors import ConfigError, GraphError, MedscaleError
-from medscale.jobfile import load_job
 from medscale.location import Location, parse_location
+
+if TYPE_CHECKING:
+    from medscale.config import Job
 
 __all__ = ["add_directories", "job_parser", "run_command", "run_of"]
 
@@ -29,36 +31,36 @@ _MACHINE_ERRORS = {
 def job_parser(verb: str, description: str, *, or_run: bool = False) -> argparse.ArgumentParser:
     """Return the parser of a verb that takes a job file: `JOB` and the directories; the verb adds its own.
 
-    With `or_run` it may be a run directory instead: `run_of` tells them apart.
-
-    The parsed arguments hold `job`, `data_dir` and `runs_dir`, each a `Path`, and `graphs_dir`, a `Location`.
+    The parsed arguments hold `job`, `data_dir` and `runs_dir`, each a `Path`, and `graphs_dir`, a `Location`. With
+    `or_run`, `job` may also be the directory of a run: `run_of` takes both.
     """
     parser = argparse.ArgumentParser(
         prog=f"medscale {verb}",
         description=description,
         epilog="Job files are explained in jobs/README.md.",
     )
-    text = "the job file, such as jobs/quickstart.yaml"
+    metavar, words = "JOB", "the job file, such as jobs/quickstart.yaml"
     if or_run:
-        parser.add_argument("job", metavar="JOB_OR_RUN", type=Path, help=f"{text}, or the run's directory")
-    else:
-        parser.add_argument("job", metavar="JOB", type=Path, help=text)
+        metavar, words = "JOB_OR_RUN", f"{words}, or the directory of a run, such as runs/quickstart"
+    parser.add_argument("job", metavar=metavar, type=Path, help=words)
     add_directories(parser)
     return parser
 
 
-def run_of(path: Path, runs_dir: Path) -> tuple[Job, Path]:
-    """Return the job and the run directory that a path names: a job file, or a run directory, which holds `job.yaml`.
+def run_of(path: Path, runs_dir: Path) -> tuple["Job", Path]:
+    """Return the job and the run directory that a command line names: by a job file, or by the run directory itself.
 
     Raises:
-        ConfigError: neither, or the job file is wrong.
+        ConfigError: the job file is wrong, or a directory holds none.
 
     """
+    from medscale.jobfile import load_job  # `doctor` shares this module, and runs where YAML is missing
+
     if not path.is_dir():
         job = load_job(path)
         return job, runs_dir / job.name
     if not (path / "job.yaml").is_file():
-        raise ConfigError([f"{path} holds no job.yaml: it is not a run directory, such as {runs_dir / 'NAME'}"])
+        raise ConfigError([f"{path}: holds no job.yaml; allowed: a job file, or the directory of a run"])
     return load_job(path / "job.yaml"), path
 
 

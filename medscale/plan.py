@@ -23,7 +23,9 @@ from medscale.capacity import Limits, advice_on, in_gib, limits_of, on_cuda, req
 from medscale.config import DISTANCES, Job, conflicts
 from medscale.errors import CapacityError, ConfigError
 from medscale.graph.census import take_census
+from medscale.graph.growth import files_of_new_triples
 from medscale.graph.reader import graph_exists, open_graph
+from medscale.graph.schema import GROWTH
 from medscale.graph.synthetic import RELATIONS, kind_sizes
 from medscale.jobfile import load_job
 from medscale.location import Location
@@ -33,6 +35,7 @@ from medscale.model.embedding import Placement
 from medscale.model.layout import Layout, layout_of
 from medscale.options import job_parser, run_command
 from medscale.pace import Speeds, step_seconds
+from medscale.prepare import extended_graph
 from medscale.sharding import FLOAT, placement_of
 from medscale.traffic import INT, Traffic, bytes_per_step
 
@@ -124,10 +127,11 @@ def _placement_in_words(layout: Layout, placement: Placement, workers: int) -> s
 
 
 def _steps_per_epoch(job: Job, size: GraphSize) -> tuple[int, bool]:
+    number = size.num_growth if job.freezes else size.num_train
     if job.loss.kind == "bce":
-        return -(-size.num_train // job.train.batch_size), True
+        return -(-number // job.train.batch_size), True
     # How many queries there are only the graph can tell; each triple asks twice, and groups answers.
-    return -(-2 * size.num_train // job.train.batch_size), False
+    return -(-2 * number // job.train.batch_size), False
 
 
 def require_fit(job: Job, predicted: Plan, runs_directory: Path, limits: Limits | None = None) -> None:
@@ -160,7 +164,10 @@ def size_of(job: Job, graphs_directory: Location, data_root: Path) -> GraphSize:
     if graph_exists(directory):
         graph = open_graph(directory, verify=False)
         train, valid, test = (graph.num_triples[split] for split in ("train", "valid", "test"))
-        return GraphSize(graph.num_entities, graph.num_relations, train, valid, test, f"counted in {directory}")
+        growth = graph.num_triples.get(GROWTH, 0)
+        return GraphSize(graph.num_entities, graph.num_relations, train, valid, test, f"counted in {directory}", growth)
+    if job.extend.run is not None:
+        return _grown_size(job, graphs_directory, data_root)
     synthetic = job.graph.synthetic
     if synthetic is None:
         census = take_census(job.graph, data_root)
@@ -173,6 +180,22 @@ def size_of(job: Job, graphs_directory: Location, data_root: Path) -> GraphSize:
     return GraphSize(
         entities, len(RELATIONS), total - valid - test, valid, test, "to be generated; duplicates counted in"
     )
+
+
+def _grown_size(job: Job, graphs_directory: Location, data_root: Path) -> GraphSize:
+    old, triples = extended_graph(job, graphs_directory, verify=False), job.extend.triples
+    files_of_new_triples(job.graph, triples, data_root)  # in whose errors the job's key is the right one
+    read_alone = replace(
+        job.graph, train=triples, valid=(), test=(), entity_types=None, synthetic=None, valid_fraction=0.0,
+        test_fraction=0.0,
+    )  # fmt: skip
+    new = take_census(read_alone, data_root)
+    return GraphSize(
+        old.num_entities + new.num_entities, old.num_relations + new.num_relations,
+        old.num_triples["train"] + new.num_triples["train"], old.num_triples["valid"], old.num_triples["test"],
+        f"counted in {old.directory} and the files of new triples; what both hold counted twice",
+        (1 + job.extend.others) * new.num_triples["train"],
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,8 +31,8 @@ _KEPT = 3
 class Reader:
     """One process that reads; the last partitions it still has, for the other workers that ask."""
 
-    def __init__(self, graph_directory: Location, seed: int, number: int) -> None:
-        self._reader = PartitionReader(open_graph(graph_directory, verify=False), seed, number)
+    def __init__(self, graph_directory: Location, seed: int, split: str, number: int) -> None:
+        self._reader = PartitionReader(open_graph(graph_directory, verify=False), seed, number, split=split)
         self._recent: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
     def read(self, epoch: int, place: int) -> tuple[list[Any], ReaderCounts]:
@@ -51,12 +51,13 @@ class Reader:
 
 def start_readers(job: Job, graph: Graph) -> list[Any]:
     """Start the job's readers, and return their handles; each is started anew when it dies."""
-    return [start_actor(Reader, graph.directory.resolve(), job.seed, number) for number in range(job.runtime.readers)]
+    what = graph.directory.resolve(), job.seed, job.trained_split
+    return [start_actor(Reader, *what, number) for number in range(job.runtime.readers)]
 
 
 def feed_of(readers: list[Any], job: Job, graph: Graph) -> Feed:
     """Return a worker's feed from readers that take turns, one partition ahead for each."""
-    order = order_of(graph, job.seed)
+    order = order_of(graph, job.seed, job.trained_split)
     counts = [ReaderCounts(number) for number in range(len(readers))]
 
     def read(epoch: int, place: int) -> NDArray[np.int64]:

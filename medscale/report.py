@@ -1,6 +1,10 @@
-"""One table of a finished run: what each tier is worth, weighs and costs: `python -m medscale.report JOB`."""
+"""A finished run, told: a table of what each tier is worth, weighs and costs, and one HTML page with figures.
+
+`python -m medscale.report JOB_OR_RUN`. The page needs the extra `report`; the table does not.
+"""
 
 import argparse
+import datetime
 import json
 import sys
 import time
@@ -14,17 +18,22 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from medscale.config import Job
-from medscale.errors import ExportError, MedscaleError
+from medscale.errors import ExportError, GraphError, MedscaleError
 from medscale.evaluate import PROTOCOL
-from medscale.jobfile import load_job
-from medscale.logs import console
+from medscale.graph.reader import Graph, open_graph
+from medscale.location import Location
+from medscale.logs import console, log
 from medscale.manifest import MANIFEST, read_manifest
-from medscale.options import job_parser, run_command
+from medscale.options import job_parser, run_command, run_of
+from medscale.results import evaluation_of
 from medscale.runtime.files import TIER_FORMATS, TIER_KIND
+from medscale.runtime.precision import Precision
 from medscale.runtime.tier import Tier
 from medscale.seed import generator
+from medscale.storage import write_atomic
+from medscale.tiers import INSTALL, missing_for_figures, row_bytes
 
-__all__ = ["TierLine", "main", "report", "tiers_table"]
+__all__ = ["TierLine", "main", "report", "tiers_table", "write_page"]
 
 LOOKUPS = 1000
 #: the look-ups are timed this often; the median counts
@@ -44,6 +53,10 @@ class TierLine:
     hits_at_1: float
     hits_at_3: float
     hits_at_10: float
+    #: of the exported rows
+    precision: str
+    #: of one entity's row, with its scales
+    bytes_per_entity: int
     #: of all files of the tier
     bytes: int
     #: milliseconds for 1000 vectors by name, one after the other
@@ -60,24 +73,17 @@ def report(run_directory: Path) -> list[TierLine]:
         MedscaleError: the run is not evaluated, or not at a tier's dim.
 
     """
-    quality = _quality_by_units(run_directory / "evaluation.json")
+    quality = evaluation_of(run_directory)
+    lines = [_line(directory, quality) for directory in _tier_directories(run_directory)]
+    return sorted(lines, key=lambda line: (line.units, line.tier))
+
+
+def _tier_directories(run_directory: Path) -> list[Path]:
     export = run_directory / "export"
     directories = sorted(p for p in export.glob("*") if (p / MANIFEST).is_file())
     if not directories:
         raise ExportError(f"{export} holds no tiers: run medscale export first")
-    lines = [_line(directory, quality) for directory in directories]
-    return sorted(lines, key=lambda line: (line.units, line.tier))
-
-
-def _quality_by_units(path: Path) -> dict[int, Mapping[str, Any]]:
-    """Return the field's records of both sides by dim in units."""
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-        return {r["dim"]: r for r in records if r["protocol"] == "field" and r["side"] == "both"}
-    except FileNotFoundError:
-        raise MedscaleError(f"{path} does not exist: run medscale evaluate first") from None
-    except (ValueError, TypeError, KeyError) as cause:
-        raise MedscaleError(f"{path} is damaged ({cause!r}): run medscale evaluate again") from None
+    return directories
 
 
 def _line(directory: Path, quality: Mapping[int, Mapping[str, Any]]) -> TierLine:
@@ -93,11 +99,19 @@ def _line(directory: Path, quality: Mapping[int, Mapping[str, Any]]) -> TierLine
         hits_at_1=record["hits@1"],
         hits_at_3=record["hits@3"],
         hits_at_10=record["hits@10"],
+        precision=_precision(tier),
+        bytes_per_entity=row_bytes(tier.facts["tiers"].values(), tier.dim, tier.columns // tier.dim, _precision(tier)),
         bytes=_bytes_of(directory),
         lookup_ms=_lookup_milliseconds(tier),
         split=record["split"],
         num_queries=record["num_queries"],
     )
+
+
+def _precision(tier: Tier) -> Precision:
+    """Return how a tier's rows are stored; the first format calls it their dtype."""
+    stored: Precision = tier.facts.get("precision") or tier.facts["dtype"]
+    return stored
 
 
 def _bytes_of(directory: Path) -> int:
@@ -138,14 +152,68 @@ def tiers_table(name: str, lines: Sequence[TierLine]) -> Table:
     return table
 
 
+def write_page(
+    job: Job, run_directory: Path, lines: Sequence[TierLine], graphs_dir: Location, compare: Sequence[str] = ()
+) -> Path:
+    """Write `report.html` and `report/*.png` into a run's directory; return the page's path.
+
+    `compare` holds words such as `direct=runs/direct`: runs whose curves are drawn beside this one's. A graph that is
+    not there costs what needs it, and no more: the page says so.
+
+    Raises:
+        ConfigError: a word of `compare` has another form.
+        MedscaleError: a run is not evaluated, or a file of this one is damaged.
+
+    """
+    from medscale.page import ShownTier, compared_runs, page_of
+
+    tiers = [
+        ShownTier(
+            name=line.tier, units=line.units, columns=line.dim, precision=line.precision,
+            bytes_per_entity=line.bytes_per_entity, bytes=line.bytes,
+        )
+        for line in lines
+    ]  # fmt: skip
+    compared = compared_runs(compare, evaluation_of(run_directory))
+    largest = Tier.open(run_directory / "export" / lines[-1].tier, verify="never")  # `report` has just verified it
+    graph = _graph_of(job, graphs_dir, largest)
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    text, images = page_of(job, run_directory, tiers, largest, graph, compared, date)
+    folder = run_directory / "report"
+    for old in folder.glob("*.png"):
+        if old.stem not in {image.name for image in images}:
+            old.unlink()
+    for image in images:
+        write_atomic(folder / f"{image.name}.png", image.png)
+    path = run_directory / "report.html"
+    write_atomic(path, text.encode())
+    return path
+
+
+def _graph_of(job: Job, graphs_dir: Location, tier: Tier) -> Graph | GraphError:
+    """Return the graph that a tier was trained on, or why it cannot be had."""
+    try:
+        graph = open_graph(graphs_dir / job.graph_name, verify=False)
+    except GraphError as cause:
+        return cause
+    if graph.sha256 != tier.facts["graph_sha256"]:
+        return GraphError(f"{graph.directory} is not the graph that this run was trained on; point --graphs-dir to it")
+    return graph
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    job: Job = load_job(arguments.job)
-    lines = report(arguments.runs_dir / job.name)
+    job, run_directory = run_of(arguments.job, arguments.runs_dir)
+    lines = report(run_directory)
     if arguments.json:
         for line in lines:
             print(json.dumps(asdict(line)))
     else:
         console().print(tiers_table(job.name, lines))
+    missing = missing_for_figures()
+    if missing:
+        log(f"no page without {' and '.join(missing)}: {INSTALL}, then report again")
+    else:
+        log(f"written: {write_page(job, run_directory, lines, arguments.graphs_dir, arguments.compare)}")
     return 0
 
 
@@ -154,9 +222,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = job_parser(
         "report",
         "Print one table of a run that is trained, evaluated and exported: per tier its dim, MRR and Hits@k, "
-        "bytes, and the milliseconds that 1000 look-ups take.",
+        "bytes, and the milliseconds that 1000 look-ups take. Write RUN/report.html, one page that needs no network, "
+        f"and its figures, RUN/report/*.png; they need the extra `report` ({INSTALL.replace('%', '%%')}).",
+        or_run=True,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line per tier instead of a table")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="LABEL=RUN",
+        help="draw the curves of other evaluated runs beside this one's; runs of one label make one curve",
+    )
     arguments = parser.parse_args(argv)
     return run_command(lambda: _run(arguments))
 

@@ -1,4 +1,7 @@
-"""The whole job: `python -m medscale.train JOB` prepares the graph, trains, evaluates and exports."""
+"""The whole job: `python -m medscale.train JOB` prepares the graph, trains, evaluates and exports.
+
+With `--extend FILES` it does so for a run that grows out of the job's own by new triples.
+"""
 
 import argparse
 import gc
@@ -11,6 +14,7 @@ from medscale.config import Job
 from medscale.distributed import choose_device, process_group
 from medscale.evaluate import evaluate, print_table
 from medscale.export import export_run
+from medscale.extend import extended_job
 from medscale.graph.reader import Graph
 from medscale.jobfile import load_job
 from medscale.logs import log
@@ -56,11 +60,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint), evaluate each, and export the tiers.",
     )
     parser.add_argument("--resume", choices=("auto", "previous", "never"), help="overrides the job's checkpoint.resume")
-    return run_command(lambda: _main(parser.parse_args(argv)))
+    growth = parser.add_argument_group(
+        "growth",
+        "A new run begins with the vectors of the job's run, and adds entities, relations and triples. The job's key "
+        "extend.rows says whether old vectors stay as they are. The same command again goes on with that run.",
+    )
+    growth.add_argument(
+        "--extend",
+        nargs="+",
+        metavar="FILE",
+        help="files of new triples, relative to the data root and of the form of the job's graph.train",
+    )
+    growth.add_argument("--name", help="name of the new run (default: NAME-extended-1, or the next free number)")
+    growth.add_argument("--step", type=int, metavar="N", help="checkpoint to begin with (default: the best one)")
+    arguments = parser.parse_args(argv)
+    if arguments.extend is None and (arguments.name is not None or arguments.step is not None):
+        parser.error("--name and --step go with --extend")
+    return run_command(lambda: _main(arguments))
 
 
 def _main(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job)
+    if arguments.extend is not None:
+        job = extended_job(
+            job, arguments.extend, name=arguments.name, step=arguments.step, runs_dir=arguments.runs_dir,
+            graphs_dir=arguments.graphs_dir, data_root=arguments.data_dir,
+        )  # fmt: skip
+        log(f"extending {job.extend.run}, step {job.extend.step:,}: {arguments.runs_dir / job.name}")
     # What the graph will hold can be known before it is built, so a job that cannot fit is refused first.
     size = size_of(job, arguments.graphs_dir, arguments.data_dir)
     require_fit(job, plan(job, size), arguments.runs_dir)

@@ -6,6 +6,7 @@ run that goes on from a checkpoint repeats an uninterrupted one bit for bit on a
 
 import contextlib
 import enum
+import hashlib
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from medscale import errors
 from medscale.batches.corruption import CorruptionBatch, CorruptionBatches
@@ -30,12 +32,15 @@ from medscale.checkpoint import (
     committed,
     committed_steps,
     find_resumable,
+    first_rows,
     layout_facts,
     load,
+    newest_checkpoint,
     note_best,
     retain,
     save,
     step_of,
+    verify,
 )
 from medscale.config import DISTANCES, Job
 from medscale.distributed import choose_threads, give_back_freed_memory
@@ -44,6 +49,7 @@ from medscale.finite import require_finite_gradients, require_finite_terms
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
 from medscale.jobfile import dump_job, job_to_mapping
+from medscale.lineage import lineage_of, old_sizes
 from medscale.logs import log
 from medscale.metrics import Display, RunLog, training_display
 from medscale.model.embedding import EntityTable, initial_relations
@@ -100,20 +106,25 @@ class Trainer:
         self.workers = workers
         self.layout = layout_of(job.model, graph.num_entities, graph.num_relations)
         self.placement = placement_of(self.layout, job.runtime)
+        #: what this run grew out of, as its checkpoints tell; see `lineage.lineage_of`
+        self.lineage: Mapping[str, Any] | None = None
+        num_frozen, frozen_relations = old_sizes(graph) if job.freezes else (0, 0)
         self.table = EntityTable(
             self.layout,
             *fused_optimizer(job.optimizer, device),
             device=device,
             workers=workers,
             placement=self.placement,
+            num_frozen=num_frozen,
         )
         self.relations = torch.nn.Parameter(
             torch.empty(self.layout.num_relation_rows, self.layout.num_relation_columns, device=device)
         )
         self.objective = Objective(job, self.layout, device, workers)
         self.optimizers = Optimizers(
-            job.optimizer, self.table, self.relations, self.objective.scaling.values, job.med.weights_lr
-        )
+            job.optimizer, self.table, self.relations, self.objective.scaling.values, job.med.weights_lr,
+            self.layout.relation_rows_of(frozen_relations),
+        )  # fmt: skip
         self.validate_every = _validate_every(job, graph)
         self.batches = batches_of(job, graph, workers, feed)
         self.total_steps = job.train.epochs * self.batches.steps_per_epoch
@@ -134,6 +145,38 @@ class Trainer:
         self.table.initialise(self.job.seed, scale)
         self.relations.data.copy_(initial_relations(self.layout, self.job.seed, scale))
 
+    def grow(self, parent: Checkpoint) -> None:
+        """Take over the rows of a verified checkpoint of the run that this one grows out of; new rows stay as drawn.
+
+        Adagrad's state of the rows comes along, if both runs use the same. Adam's begins anew: it counts its steps for
+        all rows together.
+
+        Raises:
+            CheckpointError: the parent has another model, or is not of the graph that this run's grew out of.
+
+        """
+        self.lineage = lineage_of(self.job, self.graph, parent)
+        num_entities, num_relations = old_sizes(self.graph)
+
+        def old(tables: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+            return {name: first_rows(table, num_entities) for name, table in tables.items()}
+
+        # Inverse relations lie behind all relations, so the rows of old ones are not the first of this table.
+        rows = self.layout.relation_rows_of(num_relations)
+        here = [self.relations.data]
+        if parent.facts["job"]["optimizer"]["kind"] == self.job.optimizer.kind != "adam":
+            here.append(self.optimizers.dense_state()["sum"])
+        before = [torch.empty_like(table[: len(rows)]) for table in here]
+        state: dict[str, Any] = {
+            "entities": old(self.table.weights()),
+            "dense": {"relations": before[0], "scaling": self.objective.scaling.values.data},
+        }
+        if len(here) > 1:
+            state |= {"fused": old(self.table.optimizer_state()), "dense_optimizer": {"sum": before[1]}}
+        load(parent, {name: tensors for name, tensors in state.items() if tensors}, collective=True)
+        for table, old_rows in zip(here, before, strict=True):
+            table[rows] = old_rows
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take over tables, optimizer state and progress of a verified checkpoint.
 
@@ -150,6 +193,7 @@ class Trainer:
                 + "; change the job back, or give it another name"
             )  # fmt: skip
         load(checkpoint, self._state(), collective=True)
+        self.lineage = checkpoint.facts.get("lineage")
         self.progress = Progress(**checkpoint.facts["progress"])
         self.table.set_optimizer_step(self.progress.step)
         best = self.progress.best_step
@@ -242,11 +286,17 @@ class Trainer:
             "graph_sha256": self.graph.sha256,
             "progress": asdict(self.progress),
             **layout_facts(self.layout, self.job.model.norm),
+            **({"lineage": self.lineage} if self.lineage else {}),
         }
         save(self.run_directory, self._state(), facts, self.workers)
         if self.workers.leads:
             waiting = self.progress.waiting or {}
             retain(self.run_directory, self.job.checkpoint.keep, {self.progress.best_step, waiting.get("step")})
+
+    def frozen_sha256(self) -> str:
+        """Return a hash of the rows that stay as they are, of this worker's part."""
+        frozen_relations = self.relations.data[self.optimizers.frozen].cpu().numpy()
+        return self.table.sha256(self.table.num_frozen) + hashlib.sha256(frozen_relations.data).hexdigest()
 
     def _state(self) -> dict[str, Any]:
         """Return every tensor of the run that this worker knows of, sharing memory."""
@@ -447,11 +497,15 @@ def train_worker(
         job, graph, run_directory, device, workers, stop_wanted=stop_wanted, feed=feed, evaluators=evaluators
     )
     with naming_the_silent(run_directory / "workers", workers, lambda: trainer.progress.step):
-        checkpoint = _found_checkpoint(run_directory, resume, workers)
+        checkpoint = _found(run_directory, lambda: find_resumable(run_directory, resume), workers)
         if checkpoint is None:
             if (run_directory / "metrics.jsonl").exists():
                 log(f"{run_directory} was begun before, but holds no checkpoint: starting at step 0")
             trainer.initialise()
+            if job.extend.run is not None:
+                parent = _found_parent(job, run_directory, workers)
+                trainer.grow(parent)
+                log(f"growing out of {parent.directory}; its rows are {job.extend.rows}")
         else:
             trainer.resume(checkpoint)
             log(f"going on from {checkpoint.directory.name}")
@@ -459,21 +513,23 @@ def train_worker(
             write_atomic(run_directory / "job.yaml", dump_job(job).encode())
         count = "" if workers.size == 1 else f"{workers.size} workers with "
         log(
-            f"training {job.name}: {graph.num_triples['train']:,} triples, {graph.num_entities:,} entities, "
+            f"training {job.name}: {graph.num_triples[job.trained_split]:,} triples, {graph.num_entities:,} entities, "
             f"{len(job.model.dims)} sub-models up to {job.model.dims[-1]} units, {trainer.total_steps:,} steps "
             f"on {device.type}, {count}{threads} threads"
         )
+        frozen = trainer.frozen_sha256() if job.freezes else None
         outcome = trainer.fit()
+        assert frozen is None or trainer.frozen_sha256() == frozen, "a frozen row moved"
     log(f"training ended at step {trainer.progress.step:,}: {outcome.value}")
     return outcome, trainer.signal_number
 
 
-def _found_checkpoint(run_directory: Path, resume: str, workers: Workers) -> Checkpoint | None:
-    """Return the checkpoint to go on from: the leader finds and verifies it, and tells the others."""
+def _found(run_directory: Path, find: Callable[[], Checkpoint | None], workers: Workers) -> Checkpoint | None:
+    """Return the checkpoint of a run to start from: the leader finds and verifies it, and tells the others."""
     checkpoint, failure = None, None
     if workers.leads:
         try:
-            checkpoint = find_resumable(run_directory, resume)
+            checkpoint = find()
         except CheckpointError as cause:
             failure = str(cause)
     step, failure = workers.told([checkpoint and checkpoint.step, failure])
@@ -482,6 +538,15 @@ def _found_checkpoint(run_directory: Path, resume: str, workers: Workers) -> Che
     if checkpoint is None and step is not None:
         checkpoint = committed(run_directory, step)
     return checkpoint
+
+
+def _found_parent(job: Job, run_directory: Path, workers: Workers) -> Checkpoint:
+    """Return the checkpoint that a job's run grows out of."""
+    assert job.extend.run is not None
+    directory = run_directory.parent / job.extend.run
+    parent = _found(directory, lambda: verify(newest_checkpoint(directory, job.extend.step)), workers)
+    assert parent is not None
+    return parent
 
 
 def _validate_every(job: Job, graph: Graph) -> int:
@@ -512,18 +577,19 @@ def batches_of(
         GraphError: there are no training triples.
 
     """
-    if not graph.num_triples["train"]:
-        raise GraphError(f"{graph.directory} has no training triples")
+    split = job.trained_split
+    if not graph.num_triples.get(split):
+        raise GraphError(f"{graph.directory} has no training triples{'' if split == 'train' else ' of new names'}")
     if job.loss.kind == "softmax":
         table = query_table(
-            graph.triples("train"), graph.num_relations, reciprocal=job.model.reciprocal, max_tails=job.train.max_tails
+            graph.triples(split), graph.num_relations, reciprocal=job.model.reciprocal, max_tails=job.train.max_tails
         )
         return QueryBatches(table, graph.num_entities, job.negatives, job.train.batch_size, job.seed, workers)
     known = None
     if job.negatives.filter_known:
         known = KnownTriples.of_graph(graph, ["train"])
     return CorruptionBatches(
-        feed=feed or Feed.of(PartitionReader(graph, job.seed)), num_entities=graph.num_entities,
+        feed=feed or Feed.of(PartitionReader(graph, job.seed, split=split)), num_entities=graph.num_entities,
         num_relations=graph.num_relations, section=job.negatives, batch_size=job.train.batch_size,
         reciprocal=job.model.reciprocal, seed=job.seed, known=known, workers=workers,
     )  # fmt: skip

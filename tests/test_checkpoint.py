@@ -1,6 +1,7 @@
 """Checkpoints under damage: nothing unverified is loaded, nothing committed is lost, nothing starts over silently."""
 
 import ctypes
+import dataclasses
 import json
 import resource
 import shutil
@@ -30,7 +31,7 @@ from medscale.checkpoint import (
     save,
     verify,
 )
-from medscale.config import Job
+from medscale.config import ExtendSection, Job
 from medscale.distributed import process_group
 from medscale.errors import CheckpointError, RunLockedError
 from medscale.graph.reader import Graph
@@ -224,7 +225,7 @@ def test_a_changed_job_is_refused_with_every_key_that_differs(toy_graph: Graph, 
 
 
 def test_every_key_is_either_free_to_change_or_refused() -> None:
-    saved = job_to_mapping(toy_job())
+    saved = job_to_mapping(dataclasses.replace(toy_job(), extend=ExtendSection(run="parent", triples=("new.tsv",))))
 
     def leaves(mapping: dict[str, object], prefix: str = "") -> Iterator[tuple[str, dict[str, object], str]]:
         for key, value in mapping.items():
@@ -241,6 +242,16 @@ def test_every_key_is_either_free_to_change_or_refused() -> None:
         holder[key] = original
         count += 1
     assert count > 50
+
+
+def test_how_a_run_would_be_extended_is_no_part_of_it() -> None:
+    job = toy_job()
+    other = dataclasses.replace(job, extend=ExtendSection(rows="trained", others=0))
+    before = job_to_mapping(job)
+    assert changed_keys(before, job_to_mapping(other)) == []
+    del before["extend"]  # as it was saved before there was such a section
+    assert changed_keys(before, job_to_mapping(other)) == []
+    assert changed_keys(before, job_to_mapping(dataclasses.replace(job, extend=ExtendSection(run="ring"))))
 
 
 def test_a_second_writer_is_turned_away_with_the_first_ones_name(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from medscale import cli, errors
-from medscale.options import job_parser, run_command
+from medscale.jobfile import dump_job
+from medscale.options import job_parser, run_command, run_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MEDSCALE = str(Path(sys.executable).with_name("medscale"))
@@ -140,3 +141,16 @@ def test_directories_default_to_the_variable_and_to_plain_names(monkeypatch: pyt
     monkeypatch.setenv("MEDSCALE_DATA_DIR", "/somewhere")
     assert job_parser("train", "x").parse_args(["a.yaml"]).data_dir == Path("/somewhere")
     assert job_parser("train", "x").parse_args(["a.yaml", "--data-dir", "b"]).data_dir == Path("b")
+
+
+def test_a_run_is_named_by_its_job_or_by_its_directory(tmp_path: Path) -> None:
+    job, directory = run_of(ROOT / "jobs" / "umls.yaml", tmp_path)
+    assert (job.name, directory) == ("umls", tmp_path / "umls")
+    elsewhere = tmp_path / "copied" / "under another name"
+    elsewhere.mkdir(parents=True)
+    with pytest.raises(errors.ConfigError, match=r"under another name: holds no job.yaml; allowed: a job file, or"):
+        run_of(elsewhere, tmp_path)
+    (elsewhere / "job.yaml").write_text(dump_job(job))
+    assert run_of(elsewhere, tmp_path) == (job, elsewhere)
+    with pytest.raises(errors.ConfigError, match="cannot be read"):
+        run_of(tmp_path / "nowhere.yaml", tmp_path)

@@ -87,7 +87,8 @@ def test_evaluate_prints_the_same_records_as_json_lines(place: Path, capsys: pyt
     before = json.loads((place / "runs/ring/evaluation.json").read_text())
     assert evaluate.main([*options(place), "--json"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == before
-    assert evaluate.main([*options(place), "--split", "valid", "--json"]) == 0
+    by_directory = [str(place / "runs" / "ring"), *options(place)[1:]]
+    assert evaluate.main([*by_directory, "--split", "valid", "--json"]) == 0
     assert {json.loads(line)["split"] for line in capsys.readouterr().out.splitlines()} == {"valid"}
     assert evaluate.main([*options(place), "--step", "3"]) == CheckpointError.exit_code
     assert "has no step 3" in capsys.readouterr().err

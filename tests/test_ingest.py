@@ -622,10 +622,11 @@ def peak_mib():
 for name, memory_mib in (("tiny", 128), ("little", 128), ("much", 4096)):
     section = GraphSection(train=("tiny.tsv" if name == "tiny" else "t?.tsv",), memory_mib=memory_mib)
     graph = ingest(section, name="toy", seed=0, data_root=root, directory=root / name)
-    print(graph.sha256, peak_mib())
+    print("peak", graph.sha256, peak_mib())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    (_, libraries), (little, mib), (much, more_mib) = (line.split() for line in done.stdout.splitlines())
+    told = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("peak ")]
+    (_, libraries), (little, mib), (much, more_mib) = told
     assert little == much
     # Half as much again: what allocators keep for the next table.
     assert int(mib) - int(libraries) < 128 * 1.5

@@ -19,10 +19,11 @@ LAYERS = (
     ("model",),
     ("loss", "objective"),
     ("distributed", "sharding", "traffic", "optimizer"),
-    ("pieces", "checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
-    ("namehash", "tierfiles", "shardfiles", "versions"),
-    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "report"),
-    ("launch", "readers", "evaluators", "train", "export", "cli"),
+    ("pieces", "checkpoint", "ranking", "metrics", "telemetry", "finite", "validation", "lineage"),
+    ("results", "markup", "figures", "places", "namehash", "tierfiles", "shardfiles", "versions"),
+    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor"),
+    ("tiers", "page", "report"),
+    ("launch", "readers", "evaluators", "extend", "train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

@@ -17,7 +17,7 @@ import pytest
 from toy import toy_job
 
 from medscale import doctor
-from medscale.config import GraphSection, Job, SyntheticSection
+from medscale.config import ExtendSection, GraphSection, Job, SyntheticSection
 from medscale.errors import GraphError
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph, graph_exists, open_graph
@@ -64,6 +64,18 @@ def data_root(toy_graph: Graph) -> Path:
     """The raw files of the toy graph."""
     assert isinstance(toy_graph.directory, Path)
     return toy_graph.directory.parent
+
+
+def test_a_graph_grows_behind_a_uri_into_the_same_bytes(graphs: RemotePath, data_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "new.tsv").write_text("new\tstep1\te000\ne001\tbesides\tnew\n")
+    job = toy_job(name="ring", train={"validate_every": 0})
+    grown = dataclasses.replace(job, name="grown", extend=ExtendSection(run="ring", triples=("new.tsv",)))
+    found = []
+    for place in (graphs, tmp_path / "graphs"):
+        prepare(job, data_root=data_root, graphs_root=place)
+        found.append(prepare(grown, data_root=tmp_path, graphs_root=place))
+    assert found[0].sha256 == found[1].sha256
+    assert open_graph(graphs / "grown").lineage == found[1].lineage
 
 
 def overwrite(path: RemotePath, change: Callable[[bytearray], None]) -> None:

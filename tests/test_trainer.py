@@ -140,7 +140,7 @@ def test_every_scorer_learns_the_ring_at_every_dim(toy_graph: Graph, tmp_path: P
     job = toy_job(
         scorer,
         model={"dims": (8, 16, 32), "tiers": {"phone": 8, "server": 32}, "reciprocal": not distance},
-        train={"epochs": 60, "batch_size": 100, "validate_every": 0},
+        train={"epochs": 60, "batch_size": 100, "validate_every": 0, "log_every": 180},
         negatives={"number": 32, "chunk_size": 10},
         optimizer={"kind": "adagrad", "lr": 0.1},
         loss={"margin": 6.0},

@@ -36,14 +36,14 @@ class ReaderCounts:
     seconds: float = 0.0
 
 
-def order_of(graph: Graph, seed: int) -> PartitionOrder:
-    """Return the order of a graph's training triples; its partitions are the files, all of one size but the last.
+def order_of(graph: Graph, seed: int, split: str = "train") -> PartitionOrder:
+    """Return the order of the triples of "train" or "growth"; partitions are files, all of one size but the last.
 
     Raises:
         GraphError: the graph has no training triples, or other files than their number asks for.
 
     """
-    number, parts = graph.num_triples["train"], len(graph.parts("train"))
+    number, parts = graph.num_triples[split], len(graph.parts(split))
     if not number:
         raise GraphError(f"{graph.directory} has no training triples")
     if parts != -(-number // PART_ROWS):
@@ -52,11 +52,11 @@ def order_of(graph: Graph, seed: int) -> PartitionOrder:
 
 
 class PartitionReader:
-    """Reads a graph's training triples by (epoch, place)."""
+    """Reads the triples that a graph's split trains on, "train" or "growth", by (epoch, place)."""
 
-    def __init__(self, graph: Graph, seed: int, number: int = 0) -> None:
-        self.graph, self.order, self.counts = graph, order_of(graph, seed), ReaderCounts(number)
-        self._parts = graph.parts("train")
+    def __init__(self, graph: Graph, seed: int, number: int = 0, *, split: str = "train") -> None:
+        self.graph, self.order, self.counts = graph, order_of(graph, seed, split), ReaderCounts(number)
+        self._parts = graph.parts(split)
 
     def read(self, epoch: int, place: int) -> Ids:
         """Return the partition that an epoch visits as number `place`, shuffled, int64 [n, 3].

@@ -72,7 +72,7 @@ from medscale.logs import progress as show_progress
 from medscale.manifest import write_manifest
 from medscale.storage import commit_directory, staging_directory
 
-__all__ = ["Progress", "ingest", "source_of"]
+__all__ = ["Progress", "errors_of_the_machine", "ingest", "source_of"]
 
 #: `logs.progress`, or a stand-in with its signature
 Progress = Callable[[str, int, str], AbstractContextManager[Advance]]
@@ -138,7 +138,7 @@ def ingest(
     _check_layouts([*((file, layout) for split in SPLITS for file in files[split]), *typed])
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (
-        _errors_of_the_machine(section, directory.parent),
+        errors_of_the_machine(section, directory.parent),
         # Beside the graph, where all nodes see it, and with a name that says that it may be deleted.
         staging_directory(directory.with_name(directory.name + ".scratch")) as scratch,
         staging_directory(directory) as draft,
@@ -241,7 +241,13 @@ def _check_layouts(files: list[tuple[RawFile, RawLayout]]) -> None:
 
 
 @contextlib.contextmanager
-def _errors_of_the_machine(section: GraphSection, parent: Path) -> Iterator[None]:
+def errors_of_the_machine(section: GraphSection, parent: Path) -> Iterator[None]:
+    """Run a block that writes under `parent`; say what is missing where memory, the disk or a file gives out.
+
+    Raises:
+        CapacityError, GraphError: in its stead.
+
+    """
     try:
         yield
     except (MemoryError, duckdb.OutOfMemoryException) as cause:

@@ -16,6 +16,7 @@ from medscale.graph.schema import (
     ENTITY_TYPES,
     GRAPH_FORMAT,
     GRAPH_KIND,
+    GROWTH,
     NAMES_SCHEMA,
     RELATIONS,
     SPLITS,
@@ -40,7 +41,7 @@ class Graph:
     name: str
     num_entities: int
     num_relations: int
-    #: by split: "train", "valid", "test"
+    #: by split: "train", "valid", "test"; of a graph that grew also "growth", a part of train
     num_triples: Mapping[str, int]
     #: of the manifest, which holds the hash of every file: the identity of the graph
     sha256: str
@@ -50,8 +51,8 @@ class Graph:
     files: tuple[str, ...]
 
     def parts(self, split: str) -> list[Location]:
-        """Return the Parquet files of a split ("train", "valid", "test"), in order; none if it is empty."""
-        assert split in SPLITS, split
+        """Return the Parquet files of a split, in order; none if it is empty."""
+        assert split in (*SPLITS, GROWTH), split
         return self._under(split)
 
     def triples(self, split: str) -> npt.NDArray[np.int64]:
@@ -99,7 +100,7 @@ class Graph:
             GraphError: a file is damaged, or ids are not dense.
 
         """
-        return self._names(self._under(ENTITIES), self.num_entities)
+        return self._names(ENTITIES, self.num_entities)
 
     def relation_names(self) -> pa.Array:
         """Return the relations' names, string [num_relations]; the index is the id.
@@ -108,7 +109,7 @@ class Graph:
             GraphError: the file is damaged, or ids are not dense.
 
         """
-        return self._names(self._under(RELATIONS), self.num_relations)
+        return self._names(RELATIONS, self.num_relations)
 
     def entity_types(self) -> pa.Table | None:
         """Return (entity int64, type string, label string or null), ordered by entity; None: there are none.
@@ -119,10 +120,9 @@ class Graph:
             GraphError: a file is damaged, or names an entity out of range.
 
         """
-        paths = self._under(ENTITY_TYPES)
-        if not paths:
+        if not self._under(ENTITY_TYPES):
             return None
-        table = pa.concat_tables([rows for path in paths for rows in _row_groups(path, TYPES_SCHEMA)])
+        table = pa.concat_tables(self.tables(ENTITY_TYPES))
         entities = table.column("entity").to_numpy()
         if len(entities) and not 0 <= entities.min() <= entities.max() < self.num_entities:
             raise GraphError(f"{self.directory / ENTITY_TYPES} names an entity out of range; prepare the graph anew")
@@ -150,16 +150,30 @@ class Graph:
         codes[codes == len(places)] = -1
         return tuple(kinds.dictionary.take(by_name).to_pylist()), codes
 
+    def tables(self, prefix: str) -> Iterator[pa.Table]:
+        """Yield the rows of "entities", "relations.parquet" or "entity_types", a row group at a time.
+
+        Raises:
+            GraphError: a file is damaged.
+
+        """
+        schema = TYPES_SCHEMA if prefix == ENTITY_TYPES else NAMES_SCHEMA
+        for path in self._under(prefix):
+            yield from _row_groups(path, schema)
+
+    @property
+    def lineage(self) -> Mapping[str, Any] | None:
+        """What a graph that grew says of the one that it grew out of: see `growth.extend_graph`; None: it did not."""
+        return self.facts.get("lineage")
+
     def _under(self, prefix: str) -> list[Location]:
         return [safe_join(self.directory, name) for name in self.files if name.split("/")[0] == prefix]
 
-    def _names(self, paths: list[Location], count: int) -> pa.Array:
-        table = pa.concat_tables(
-            [NAMES_SCHEMA.empty_table(), *(t for p in paths for t in _row_groups(p, NAMES_SCHEMA))]
-        )
+    def _names(self, prefix: str, count: int) -> pa.Array:
+        table = pa.concat_tables([NAMES_SCHEMA.empty_table(), *self.tables(prefix)])
         ids = table.column("id").to_numpy()
         if not np.array_equal(ids, np.arange(count)):
-            raise GraphError(f"{paths or self.directory}: ids are not 0..{count - 1}; prepare the graph anew")
+            raise GraphError(f"{self.directory / prefix}: ids are not 0..{count - 1}; prepare the graph anew")
         names = table.column("name")
         # One chunk of 32-bit offsets holds 2 GiB of names; more names stay as they are.
         return names.combine_chunks() if names.nbytes < 2**31 else names
@@ -209,7 +223,9 @@ def _checked_facts(directory: Location, manifest: Manifest) -> tuple[str, int, i
         raise GraphError(f"{directory / MANIFEST} is damaged: name, num_entities or num_relations is missing")
     if not isinstance(triples, dict) or not all(_is_count(triples.get(split)) for split in SPLITS):
         raise GraphError(f"{directory / MANIFEST} is damaged: num_triples is missing or wrong")
-    return name, entities, relations, {split: triples[split] for split in SPLITS}
+    if not _is_count(triples.get(GROWTH, 0)):
+        raise GraphError(f"{directory / MANIFEST} is damaged: num_triples is wrong")
+    return name, entities, relations, {split: triples[split] for split in (*SPLITS, GROWTH) if split in triples}
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

@@ -5,6 +5,7 @@
     relations.parquet                 id int64, name string
     entity_types/part-*.parquet       entity int64, type string, label string or null (where there are types)
     train|valid|test/part-*.parquet   head, relation, tail int64; rows shuffled once
+    growth/part-*.parquet             of train, what vectors of new names alone learn from (of a graph that grew)
 
 Page checksums are always written and always verified: without them Parquet returns flipped bits silently.
 """
@@ -23,6 +24,7 @@ __all__ = [
     "ENTITY_TYPES",
     "GRAPH_FORMAT",
     "GRAPH_KIND",
+    "GROWTH",
     "MAX_ID",
     "MAX_NAME_BYTES",
     "NAMES_SCHEMA",
@@ -43,6 +45,8 @@ GRAPH_KIND = "graph"
 GRAPH_FORMAT = 1
 
 SPLITS = ("train", "valid", "test")
+#: of a graph that grew, the training triples that mention a new name, and some others: read as a split of its own
+GROWTH = "growth"
 ENTITIES, RELATIONS, ENTITY_TYPES = "entities", "relations.parquet", "entity_types"
 TRIPLE_COLUMNS = ("head", "relation", "tail")
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from medscale.errors import GraphError
 from medscale.graph.reader import Graph, open_graph
-from medscale.graph.schema import ENTITIES, ENTITY_TYPES, RELATIONS, SPLITS
+from medscale.graph.schema import ENTITIES, ENTITY_TYPES, GROWTH, RELATIONS, SPLITS
 from medscale.location import STREAMS, RemotePath
 from medscale.manifest import MANIFEST
 from medscale.storage import fault_point
 
 __all__ = ["require_room", "upload_graph"]
 
-_PARTS = "|".join((ENTITIES, ENTITY_TYPES, *SPLITS))
+_PARTS = "|".join((ENTITIES, ENTITY_TYPES, *SPLITS, GROWTH))
 _GRAPH_FILE = re.compile(rf"{re.escape(RELATIONS)}|{re.escape(MANIFEST)}|({_PARTS})/part-[0-9]+\.parquet")
 
 

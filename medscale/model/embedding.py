@@ -13,6 +13,7 @@ is seen through a tensor that cannot be written (`PartiallyMaterializedTensor.co
 job's seed nor a checkpoint could fill it.
 """
 
+import hashlib
 import logging
 import os
 import warnings
@@ -95,7 +96,9 @@ class EntityTable(nn.Module):
         device: torch.device,
         workers: Workers = ALONE,
         placement: Placement | None = None,
+        num_frozen: int = 0,
     ) -> None:
+        """Make the tables, unfilled; rows below `num_frozen` are never updated."""
         super().__init__()
         if os.environ.get("FBGEMM_TBE_BOUNDS_CHECK_MODE"):
             raise UnsupportedError(
@@ -103,7 +106,7 @@ class EntityTable(nn.Module):
             )
         placement = placement or Placement(dict.fromkeys((block.name for block in layout.blocks), 0))
         _require_memory(placement.memory, device)
-        self.layout, self.workers = layout, workers
+        self.layout, self.workers, self.num_frozen = layout, workers, num_frozen
         # Each worker's loss is its share of the job's, so gradients add up; TorchRec would take their mean.
         set_gradient_division(False)
         collection = _collection(layout)
@@ -126,6 +129,19 @@ class EntityTable(nn.Module):
 
         Collective: every worker asks for its own rows, maybe for none.
         """
+        if not self.num_frozen:
+            return self.look_up(entities_U)
+        # Looked up apart and without gradient, frozen rows are not in the update at all, whatever the optimizer
+        # would make of a gradient of zero.
+        moves_U = entities_U >= self.num_frozen
+        moving_MC = self.look_up(entities_U[moves_U])
+        with torch.no_grad():
+            frozen_FC = self.look_up(entities_U[~moves_U])
+        order_U = torch.cat([moves_U.nonzero(), (~moves_U).nonzero()]).squeeze(1).argsort()
+        return torch.cat([moving_MC, frozen_FC]).index_select(0, order_U)
+
+    def look_up(self, entities_U: Tensor) -> Tensor:
+        """Look up rows as `rows` does, frozen or not."""
         lengths_B = torch.ones_like(entities_U)
         if self.equal_batches:
             longest = int(self.workers.largest(torch.tensor(len(entities_U), device=entities_U.device)))
@@ -177,6 +193,16 @@ class EntityTable(nn.Module):
     def rows_to_rank(self) -> "TableRows | LookedUpRows":
         """Return the whole table for ranking: in memory, or looked up portion by portion by all workers together."""
         return self.all_rows() if self.workers.size == 1 else LookedUpRows(self)
+
+    def sha256(self, num_rows: int) -> str:
+        """Return a hash of this worker's part of the first rows."""
+        digest = hashlib.sha256()
+        for block, first, rows in self._local_weights():
+            digest.update(f"{block.name} {first}".encode())
+            for start in range(0, max(0, min(len(rows), num_rows - first)), _INIT_ROWS):
+                stop = min(start + _INIT_ROWS, num_rows - first)
+                digest.update(rows[start:stop].cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def _local_weights(self) -> Iterator[tuple[Block, int, Tensor]]:
         """Yield (block, first row, rows) of what this worker holds."""
@@ -295,7 +321,7 @@ class LookedUpRows:
     @torch.no_grad()
     def gather(self, entities: Tensor) -> Tensor:
         """Return rows [U, C] by id [U]."""
-        return self.table.rows(entities)
+        return self.table.look_up(entities)
 
     def slice(self, start: int, stop: int) -> Tensor:
         """Return rows [stop - start, C]."""

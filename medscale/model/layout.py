@@ -60,6 +60,11 @@ class Layout:
         """Rows of the relation table."""
         return self.num_relations * (2 if self.reciprocal else 1)
 
+    def relation_rows_of(self, num_first: int) -> list[int]:
+        """Return which rows belong to the first so many relations, in the order of a table of them alone."""
+        rows = list(range(num_first))
+        return rows + [self.num_relations + row for row in rows] if self.reciprocal else rows
+
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The physical slices, in order; together they cover every column once."""

@@ -222,13 +222,14 @@ def section() -> str:
         *table("entities | triples | triples/s | cost | GiB | MiB grown | s per epoch", growing()),
         "",
         f"**The full size, stage by stage** (`skg_run`): the same job on {full['entities']:,} entities and 50,759,689 "
-        "triples, one worker. Editors and compilers were at work beside it, so training was slower than in the table above.",
+        "triples, one worker. Editors and compilers were at work beside it, so training was slower than in the table "
+        "above.",
         "",
         *table("stage | what | seconds | GiB", whole_run()),
         "",
         "**Cutting tiers** (`split`): `medscale export` of tables of 500 columns into tiers of 10, 100 and 500, 2 "
-        "cores; seconds to verify the checkpoint, then to write all tiers and make them durable, MB/s of that, what the "
-        "same disk took of plain bytes just after, and the most memory of the process, libraries included.",
+        "cores; seconds to verify the checkpoint, then to write all tiers and make them durable, MB/s of that, what "
+        "the same disk took of plain bytes just after, and the most memory of the process, libraries included.",
         "",
         *table("rows | written | GB | s to verify | s to write | MB/s | of the disk | MiB", splitting()),
         "",
