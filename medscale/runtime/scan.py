@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from medscale.runtime.rows import Portion, Rows
 from medscale.runtime.scoring import Array
 
 __all__ = ["Shortlist", "all_scores", "best", "best_of", "in_threads", "rank", "usable_cores"]
+
+Item = TypeVar("Item")
 
 #: numbers of a table that one call works on: long enough that Python hardly counts, short enough to share out
 PORTION_NUMBERS = 1 << 20
@@ -32,11 +35,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_threads(work: Callable[[Iterable[Portion]], object], portions: Sequence[Portion], threads: int) -> None:
+def in_threads(work: Callable[[Iterable[Item]], object], portions: Sequence[Item], threads: int) -> None:
     """Call `work` once in each thread, with the portions that it takes from the others' reach as it goes."""
     taken = itertools.count()  # whose `next` is one step of the interpreter
 
-    def mine() -> Iterable[Portion]:
+    def mine() -> Iterable[Item]:
         while (place := next(taken)) < len(portions):
             yield portions[place]
 
