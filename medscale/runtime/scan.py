@@ -140,14 +140,16 @@ def best(
     return rank(query, rows, without(lists[0].ids, excluded), k)
 
 
-def best_of(
-    query: Query, rows: Rows, k: int, ids: NDArray[np.int64], length: float
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def best_of(query: Query, rows: Rows, k: int, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return (ids, scores) of the k best of the rows named, best first, equal scores by id."""
-    shortlist, step = Shortlist(query, k, length), max(1, PORTION_NUMBERS // rows.columns)
+    scores, squares = np.empty(len(ids), np.float32), 0.0
+    step = max(1, PORTION_NUMBERS // rows.columns)
     for start in range(0, len(ids), step):
-        part = ids[start : start + step]
-        shortlist.offer(query.approximate([(0, rows.vectors(part))], len(part)), part.__getitem__)
+        part_NC = rows.vectors(ids[start : start + step])
+        scores[start : start + step] = query.approximate([(0, part_NC)], len(part_NC))
+        squares = max(squares, float(np.einsum("nc,nc->n", part_NC, part_NC).max(initial=0)))
+    shortlist = Shortlist(query, k, _length(squares, rows.columns))
+    shortlist.offer(scores, ids.__getitem__)
     return rank(query, rows, shortlist.ids, k)
 
 
@@ -196,4 +198,9 @@ def longest(rows: Rows, threads: int) -> float:
             bounds.append(float(squares.max(initial=0)))
 
     in_threads(work, rows.portions(PORTION_NUMBERS), threads if rows.num_entities * rows.columns > ALONE_NUMBERS else 1)
-    return float(np.sqrt(max(bounds))) * (1 + rows.columns * 1e-7) + 1e-18 * rows.columns
+    return _length(max(bounds), rows.columns)
+
+
+def _length(squares: float, columns: int) -> float:
+    """Return a bound on a norm whose square was summed up in float32."""
+    return squares**0.5 * (1 + columns * 1e-7) + 1e-18 * columns
