@@ -15,6 +15,7 @@ VERBS = {
     "train": "run a whole job: prepare, train, evaluate, export; goes on where an earlier run stopped",
     "evaluate": "rank a split at every sub-model, from the best checkpoint",
     "export": "cut the tiers out of a checkpoint into files to ship",
+    "predict": "answer a Parquet file of queries with the best entities of an exported tier",
     "report": "one table of a finished run: tier, quality, bytes, look-up time",
     "doctor": "check this machine and its libraries, and say how to repair what is wrong",
 }

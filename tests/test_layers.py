@@ -20,7 +20,7 @@ LAYERS = (
     ("loss", "objective"),
     ("distributed", "sharding", "traffic", "optimizer"),
     ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
-    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "report"),
+    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "report", "predict"),
     ("launch", "readers", "evaluators", "train", "export", "cli"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

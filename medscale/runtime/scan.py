@@ -18,7 +18,17 @@ from medscale.runtime.query import Query
 from medscale.runtime.rows import Portion, Rows
 from medscale.runtime.scoring import Array
 
-__all__ = ["Shortlist", "all_scores", "best", "best_of", "in_threads", "rank", "usable_cores"]
+__all__ = [
+    "Shortlist",
+    "all_scores",
+    "best",
+    "best_of",
+    "best_of_each",
+    "in_threads",
+    "longest",
+    "rank",
+    "usable_cores",
+]
 
 Item = TypeVar("Item")
 
@@ -153,6 +163,36 @@ def best_of(query: Query, rows: Rows, k: int, ids: NDArray[np.int64]) -> tuple[N
     return rank(query, rows, shortlist.ids, k)
 
 
+def best_of_each(
+    queries: Sequence[Query], rows: Rows, k: int, *, threads: int, length: float
+) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Return (ids, scores) as `best` does for each query, all of one scorer, in one scan of the rows."""
+    lists: list[list[Shortlist]] = []
+    products = bool(queries) and queries[0].geometry == "product"
+    folded_QC = np.array([query.vector * query.weights for query in queries], np.float32)
+
+    def work(mine: Iterable[Portion]) -> None:
+        shortlists = [Shortlist(query, k, length) for query in queries]
+        lists.append(shortlists)
+        for portion in mine:
+            number = portion.rows.stop - portion.rows.start
+            parts = list(portion.shard.columns_of(portion.rows, 0, rows.columns))
+            scores_QN = np.zeros((len(queries), number), np.float32) if products else None
+            if scores_QN is not None:
+                for start, part in parts:
+                    scores_QN += folded_QC[:, start : start + part.shape[1]] @ part.T
+            for place, shortlist in enumerate(shortlists):
+                scores = queries[place].approximate(parts, number) if scores_QN is None else scores_QN[place]
+                shortlist.offer(scores, lambda kept, portion=portion: portion.shard.ids_of(kept + portion.rows.start))  # type: ignore[misc]
+
+    # Products of matrices are for BLAS and its own threads.
+    in_threads(work, rows.portions(PORTION_NUMBERS), 1 if products else threads)
+    for others in lists[1:]:
+        for shortlist, other in zip(lists[0], others, strict=True):
+            shortlist.join(other)
+    return [rank(query, rows, shortlist.ids, k) for query, shortlist in zip(queries, lists[0], strict=True)]
+
+
 def all_scores(query: Query, rows: Rows, threads: int) -> NDArray[np.float32]:
     """Return the score of every row, float32 [num_entities], computed in float32."""
     scores = np.empty(rows.num_entities, np.float32)
@@ -203,4 +243,4 @@ def longest(rows: Rows, threads: int) -> float:
 
 def _length(squares: float, columns: int) -> float:
     """Return a bound on a norm whose square was summed up in float32."""
-    return squares**0.5 * (1 + columns * 1e-7) + 1e-18 * columns
+    return float(np.sqrt(squares)) * (1 + columns * 1e-7) + 1e-18 * columns
