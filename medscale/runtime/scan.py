@@ -169,7 +169,7 @@ def best_of_each(
     """Return (ids, scores) as `best` does for each query, all of one scorer, in one scan of the rows."""
     lists: list[list[Shortlist]] = []
     products = bool(queries) and queries[0].geometry == "product"
-    folded_QC = np.array([query.vector * query.weights for query in queries], np.float32)
+    folded_QC = np.array([query.vector * query.weights for query in queries if products], np.float32)
 
     def work(mine: Iterable[Portion]) -> None:
         shortlists = [Shortlist(query, k, length) for query in queries]
