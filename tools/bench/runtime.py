@@ -2,14 +2,14 @@
 
 usage: python tools/bench/runtime.py [--rows N] [--export DIR] [--queries N] [--quick] [--json]
 
-Open, look-ups and top-10 are of random tiers (numbers do not change what a scan costs) of 10 and 100 columns, at float32
-and int8, against exact search by faiss (`IndexFlat`) and usearch (`search(..., exact=True)`) on the same rows, threads
-and k, where they are installed and know the metric. A record of `top_10` has the median and the 99th percentile of
+Open, look-ups and top-10 are of random tiers (numbers do not change what a scan costs) of 10 and 100 columns, at
+float32 and int8, against exact search by faiss (`IndexFlat`) and usearch (`search(..., exact=True)`) on the same rows,
+threads and k, where they are installed and know the metric. A record of `top_10` has the median and the 99th percentile of
 single queries; one of `bulk` 256 queries that share a scan. Cascades are measured on a trained chain of tiers,
 `--export`, or else one that jobs/skg.yaml trains on a generated graph of about `--entities` entities for `--epochs`
-epochs: random rows have nothing that their first columns could tell of the others. `recall` is the share of the ten best
-of the largest tier that the cascade finds, `speedup` the median time of that tier's own top-10 over the cascade's.
-Each measurement has as many cores as threads.
+epochs: random rows have nothing that their first columns could tell of the others. `recall` is the share of the ten
+best of the largest tier that the cascade finds, `speedup` the median time of that tier's own top-10 over the cascade's
+(of `bulk`: over that of single queries). Each measurement has as many cores as threads.
 """
 
 import dataclasses
@@ -180,7 +180,7 @@ def trained(entities: int, epochs: int, directory: Path) -> Path:
 
     from medscale.export import export_run
     from medscale.prepare import prepare
-    from medscale.trainer import train
+    from medscale.train import train
 
     job = job_of(entities, None)
     job = dataclasses.replace(job, name="chain", train=dataclasses.replace(job.train, epochs=epochs))
