@@ -136,3 +136,17 @@ def test_peers(data_dir: Path) -> None:
     for record in records:
         assert 0 < record["mrr"] <= 1
         assert set(record["mrr_by_dim"]) == ({"640"} if record["system"] == "pykeen" else {"10", "100", "640"})
+
+
+@pytest.mark.slow
+def test_runtime() -> None:
+    command = [sys.executable, str(BENCHES / "runtime.py"), "--quick", "--json", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-4000:]
+    records = json.loads(done.stdout)["results"]
+    own = [r for r in records if r["system"] == "medscale"]
+    assert {r["what"] for r in own} >= {"top_10", "bulk", "look-ups by name", "cascade, exact", "largest tier alone"}
+    assert all(0 < r["p50_ms"] <= r["p99_ms"] for r in records if r["what"] == "top_10")
+    chains = [r for r in own if "recall" in r]
+    assert all(0 < r["recall"] <= 1 and r["speedup"] > 0 for r in chains)
+    assert next(r for r in chains if r["what"] == "cascade, exact")["recall"] == 1

@@ -4,8 +4,8 @@ usage: python tools/bench/runtime.py [--rows N] [--export DIR] [--queries N] [--
 
 Open, look-ups and top-10 are of random tiers (numbers do not change what a scan costs) of 10 and 100 columns, at
 float32 and int8, against exact search by faiss (`IndexFlat`) and usearch (`search(..., exact=True)`) on the same rows,
-threads and k, where they are installed and know the metric. A record of `top_10` has the median and the 99th percentile of
-single queries; one of `bulk` 256 queries that share a scan. Cascades are measured on a trained chain of tiers,
+threads and k, where they are installed and know the metric. A record of `top_10` has the median and the 99th
+percentile of single queries; one of `bulk` 256 queries that share a scan. Cascades are measured on a trained chain,
 `--export`, or else one that jobs/skg.yaml trains on a generated graph of about `--entities` entities for `--epochs`
 epochs: random rows have nothing that their first columns could tell of the others. `recall` is the share of the ten
 best of the largest tier that the cascade finds, `speedup` the median time of that tier's own top-10 over the cascade's
