@@ -15,6 +15,7 @@ VERBS = {
     "train": "run a whole job: prepare, train, evaluate, export; goes on where it stopped; --extend adds triples",
     "evaluate": "rank a split at every sub-model, from the best checkpoint",
     "export": "cut the tiers out of a checkpoint into files to ship",
+    "predict": "answer a Parquet file of queries with the best entities of an exported tier",
     "tiers": "say which dim keeps a share of the quality, or is the best that fits in a number of bytes",
     "report": "a finished run as one table (tier, quality, bytes, look-up time) and one HTML page with figures",
     "doctor": "check this machine and its libraries, and say how to repair what is wrong",

@@ -181,3 +181,17 @@ def test_split(tmp_path: Path) -> None:
     assert 3000 * 610 * 8 < records[0]["gb"] * 1e9 < 3000 * 610 * 8 * 1.2
     assert 3000 * 500 * 8 < records[1]["gb"] * 1e9 < 3000 * 500 * 8 * 1.2
     assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_runtime() -> None:
+    command = [sys.executable, str(BENCHES / "runtime.py"), "--quick", "--json", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-4000:]
+    records = json.loads(done.stdout)["results"]
+    own = [r for r in records if r["system"] == "medscale"]
+    assert {r["what"] for r in own} >= {"top_10", "bulk", "look-ups by name", "cascade, exact", "largest tier alone"}
+    assert all(0 < r["p50_ms"] <= r["p99_ms"] for r in records if r["what"] == "top_10")
+    chains = [r for r in own if "recall" in r]
+    assert all(0 < r["recall"] <= 1 and r["speedup"] > 0 for r in chains)
+    assert next(r for r in chains if r["what"] == "cascade, exact")["recall"] == 1

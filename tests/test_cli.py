@@ -52,7 +52,8 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: medscale {verb} ")
-    assert all(option in text for option in ("--data-dir", "--runs-dir", "--graphs-dir"))
+    own = ("TIER", "QUERIES", "--out") if verb == "predict" else ("--data-dir", "--runs-dir", "--graphs-dir")
+    assert all(option in text for option in own)
 
 
 def test_verb_is_its_module() -> None:
@@ -64,7 +65,7 @@ def test_verb_is_its_module() -> None:
     assert by_script.stdout == by_module.stdout
 
 
-@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "doctor"])
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in ("doctor", "predict")])
 def test_a_wrong_job_ends_each_verb_with_all_its_problems(
     verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

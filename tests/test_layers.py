@@ -21,7 +21,7 @@ LAYERS = (
     ("distributed", "sharding", "traffic", "optimizer"),
     ("pieces", "checkpoint", "ranking", "metrics", "telemetry", "finite", "validation", "lineage"),
     ("results", "markup", "figures", "places", "namehash", "tierfiles", "shardfiles", "versions"),
-    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor"),
+    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "predict"),
     ("tiers", "page", "report"),
     ("launch", "readers", "evaluators", "extend", "train", "export", "cli"),
 )

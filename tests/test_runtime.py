@@ -24,6 +24,7 @@ from small_tables import (
     small_tables,
 )
 
+from medscale.config import ExportSection
 from medscale.errors import ExportError
 from medscale.manifest import MANIFEST, VERIFIED, write_manifest
 from medscale.model.reference import sub_model_scores
@@ -76,7 +77,9 @@ def test_scores_are_those_of_the_model_cropped(
     relations = sorted({row[1] for row in rows})
     facts = model_facts(scorer, norm, damping=damping, reciprocal=reciprocal)
     tables = small_tables(facts, len(entities), len(relations))
-    write_export(tables, pa.array(entities), pa.array(relations), facts, TIERS, tmp_path / "export", shard_rows=60)
+    write_export(
+        tables, pa.array(entities), pa.array(relations), facts, TIERS, tmp_path / "export", ExportSection(shard_rows=60)
+    )
 
     triples = rows[:40]
     h, r, t = (
@@ -255,7 +258,7 @@ def test_rows_are_mapped_not_read(phone: Path) -> None:
     tier = Tier.open(phone)
     maps = Path("/proc/self/maps").read_text()
     assert str(phone.resolve() / "entities-00002-of-00003.safetensors") in maps
-    assert str(phone.resolve() / "names.safetensors") in maps
+    assert str(phone.resolve() / "names-00000-of-00003.safetensors") in maps
     assert tier.num_entities == 50
 
 
@@ -309,7 +312,7 @@ def test_missing_extra_cut_and_swapped_files_are_named(copy: Path) -> None:
     with pytest.raises(ExportError, match=r"more\.bin"):
         Tier.open(copy)
     (copy / "more.bin").unlink()
-    first, second = files[0], files[1]
+    first, second = files[0], files[2]
     assert first.name.startswith("entities-00000") and second.name.startswith("entities-00001")  # noqa: PT018
     first.rename(copy / "x")
     second.rename(first)
@@ -345,7 +348,7 @@ def test_missing_extra_cut_and_swapped_files_are_named(copy: Path) -> None:
         ("dims", "3"),
         ("reciprocal", 1),
         ("reciprocal", False),
-        ("dtype", "float16"),
+        ("precision", "float16"),
         ("num_entities", 51),
         ("num_entities", 49),
         ("num_entities", 2**62),
@@ -448,18 +451,21 @@ def test_names_that_lead_outside_are_refused_and_never_opened(phone: Path, tmp_p
     manifest = json.loads((tier / MANIFEST).read_text())
     for i, name in enumerate(BAD_NAMES):
         case = Path(shutil.copytree(tier, tmp_path / "inside" / f"case{i}"))
-        files = manifest["files"] | {name: manifest["files"]["names.safetensors"]}
+        files = manifest["files"] | {name: manifest["files"]["names-00000-of-00003.safetensors"]}
         (case / MANIFEST).write_text(json.dumps(manifest | {"files": files}))
     link = Path(shutil.copytree(tier, tmp_path / "inside" / "case40"))
-    (link / "names.safetensors").unlink()
-    (link / "names.safetensors").symlink_to(tmp_path / "secret")
+    (link / "names-00000-of-00003.safetensors").unlink()
+    (link / "names-00000-of-00003.safetensors").symlink_to(tmp_path / "secret")
     linked_manifest = Path(shutil.copytree(tier, tmp_path / "inside" / "case41"))
     (linked_manifest / MANIFEST).rename(tmp_path / "secret.json")
     (linked_manifest / MANIFEST).symlink_to(tmp_path / "secret.json")
     repeated = Path(shutil.copytree(tier, tmp_path / "inside" / "case42"))
     text = (repeated / MANIFEST).read_text()
     (repeated / MANIFEST).write_text(
-        text.replace('"names.safetensors": {', '"names.safetensors": 0, "names.safetensors": {')
+        text.replace(
+            '"names-00000-of-00003.safetensors": {',
+            '"names-00000-of-00003.safetensors": 0, "names-00000-of-00003.safetensors": {',
+        )
     )
     program = f"""
 import sys

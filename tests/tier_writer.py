@@ -108,9 +108,9 @@ def write_tier(
         if how.precision in ("int8", "int4"):
             tensors["scales"] = np.stack([scales for _, scales in mine], axis=1)
         if model.scorer in PRODUCTS:
-            widths = [(b - a) * u for a, b in own]
-            norms = [norms_of(decode(*c, how.precision, w)) for c, w in zip(mine, widths, strict=True)]
-            norms = norms if layout == "delta" else norms[1:]
+            bounded = [(c, (b - a) * u) for c, (a, b) in zip(mine, own, strict=True)]
+            bounded = bounded if layout == "delta" else bounded[1:]
+            norms = [norms_of(decode(*c, how.precision, columns)) for c, columns in bounded]
             if norms:
                 tensors["norms"] = np.stack(norms, axis=1)
         if how.sharding == "hash":

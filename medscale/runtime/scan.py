@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,19 @@ from medscale.runtime.query import Query
 from medscale.runtime.rows import Portion, Rows
 from medscale.runtime.scoring import Array
 
-__all__ = ["Shortlist", "all_scores", "best", "best_of", "in_threads", "rank", "usable_cores"]
+__all__ = [
+    "Shortlist",
+    "all_scores",
+    "best",
+    "best_of",
+    "best_of_each",
+    "in_threads",
+    "longest",
+    "rank",
+    "usable_cores",
+]
+
+Item = TypeVar("Item")
 
 #: numbers of a table that one call works on: long enough that Python hardly counts, short enough to share out
 PORTION_NUMBERS = 1 << 20
@@ -32,11 +45,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_threads(work: Callable[[Iterable[Portion]], object], portions: Sequence[Portion], threads: int) -> None:
+def in_threads(work: Callable[[Iterable[Item]], object], portions: Sequence[Item], threads: int) -> None:
     """Call `work` once in each thread, with the portions that it takes from the others' reach as it goes."""
     taken = itertools.count()  # whose `next` is one step of the interpreter
 
-    def mine() -> Iterable[Portion]:
+    def mine() -> Iterable[Item]:
         while (place := next(taken)) < len(portions):
             yield portions[place]
 
@@ -137,15 +150,47 @@ def best(
     return rank(query, rows, without(lists[0].ids, excluded), k)
 
 
-def best_of(
-    query: Query, rows: Rows, k: int, ids: NDArray[np.int64], length: float
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def best_of(query: Query, rows: Rows, k: int, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return (ids, scores) of the k best of the rows named, best first, equal scores by id."""
-    shortlist, step = Shortlist(query, k, length), max(1, PORTION_NUMBERS // rows.columns)
+    scores, squares = np.empty(len(ids), np.float32), 0.0
+    step = max(1, PORTION_NUMBERS // rows.columns)
     for start in range(0, len(ids), step):
-        part = ids[start : start + step]
-        shortlist.offer(query.approximate([(0, rows.vectors(part))], len(part)), part.__getitem__)
+        part_NC = rows.vectors(ids[start : start + step])
+        scores[start : start + step] = query.approximate([(0, part_NC)], len(part_NC))
+        squares = max(squares, float(np.einsum("nc,nc->n", part_NC, part_NC).max(initial=0)))
+    shortlist = Shortlist(query, k, _length(squares, rows.columns))
+    shortlist.offer(scores, ids.__getitem__)
     return rank(query, rows, shortlist.ids, k)
+
+
+def best_of_each(
+    queries: Sequence[Query], rows: Rows, k: int, *, threads: int, length: float
+) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Return (ids, scores) as `best` does for each query, all of one scorer, in one scan of the rows."""
+    lists: list[list[Shortlist]] = []
+    products = bool(queries) and queries[0].geometry == "product"
+    folded_QC = np.array([query.vector * query.weights for query in queries if products], np.float32)
+
+    def work(mine: Iterable[Portion]) -> None:
+        shortlists = [Shortlist(query, k, length) for query in queries]
+        lists.append(shortlists)
+        for portion in mine:
+            number = portion.rows.stop - portion.rows.start
+            parts = list(portion.shard.columns_of(portion.rows, 0, rows.columns))
+            scores_QN = np.zeros((len(queries), number), np.float32) if products else None
+            if scores_QN is not None:
+                for start, part in parts:
+                    scores_QN += folded_QC[:, start : start + part.shape[1]] @ part.T
+            for place, shortlist in enumerate(shortlists):
+                scores = queries[place].approximate(parts, number) if scores_QN is None else scores_QN[place]
+                shortlist.offer(scores, lambda kept, portion=portion: portion.shard.ids_of(kept + portion.rows.start))  # type: ignore[misc]
+
+    # Products of matrices are for BLAS and its own threads.
+    in_threads(work, rows.portions(PORTION_NUMBERS), 1 if products else threads)
+    for others in lists[1:]:
+        for shortlist, other in zip(lists[0], others, strict=True):
+            shortlist.join(other)
+    return [rank(query, rows, shortlist.ids, k) for query, shortlist in zip(queries, lists[0], strict=True)]
 
 
 def all_scores(query: Query, rows: Rows, threads: int) -> NDArray[np.float32]:
@@ -193,4 +238,9 @@ def longest(rows: Rows, threads: int) -> float:
             bounds.append(float(squares.max(initial=0)))
 
     in_threads(work, rows.portions(PORTION_NUMBERS), threads if rows.num_entities * rows.columns > ALONE_NUMBERS else 1)
-    return float(np.sqrt(max(bounds))) * (1 + rows.columns * 1e-7) + 1e-18 * rows.columns
+    return _length(max(bounds), rows.columns)
+
+
+def _length(squares: float, columns: int) -> float:
+    """Return a bound on a norm whose square was summed up in float32."""
+    return float(np.sqrt(squares)) * (1 + columns * 1e-7) + 1e-18 * columns

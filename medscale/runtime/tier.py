@@ -393,7 +393,7 @@ class Tier:
             return best(query, self.rows, k, excluded=excluded, threads=self.threads, length=self.length(query))
         ids = self.candidate_ids(candidates)
         ids = ids[np.isin(ids, excluded, assume_unique=True, invert=True)]
-        return best_of(query, self.rows, k, ids, self.length(query))
+        return best_of(query, self.rows, k, ids)
 
     def candidate_ids(self, candidates: Names) -> NDArray[np.int64]:
         """Return ids, int64, rising, of candidates: entities, or all of the type that one str names.
