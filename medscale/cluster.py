@@ -203,5 +203,5 @@ def _result(reference: Any, name: str) -> Any:
         lines = str(error).strip().splitlines() or [""]
         raise WorkerError(
             f"a task of Ray ({name}) died {MAX_RETRIES + 1} times: {type(error).__name__}: {lines[0]}; give the "
-            "machine more memory, or lower graph.memory_mib or graph.tasks"
+            "machine more memory, or lower graph.memory_mib, graph.tasks or export.tasks"
         ) from error

@@ -122,8 +122,7 @@ def memory_of(job: Job, size: GraphSize, layout: Layout, placement: Placement, *
 def beside_workers(job: Job, layout: Layout) -> Mapping[str, int]:
     """Return what each reader and each evaluator holds, wherever it runs.
 
-    A reader has a few partitions, some shared with those that asked for them; an evaluator its part of the entities,
-    and a block as a whole while it reads it.
+    A reader has a few partitions, some shared with those that asked for them; an evaluator its part of the entities.
     """
     runtime, row = job.runtime, FLOAT * layout.num_entities
     held = {}
@@ -131,8 +130,7 @@ def beside_workers(job: Job, layout: Layout) -> Mapping[str, int]:
         held["a reader"] = _LIBRARIES // 2 + (2 * 3 + 7) * INT * PART_ROWS
     if runtime.evaluators:
         columns = sum(block.width for block in layout.blocks)
-        widest = max(block.width for block in layout.blocks)
-        held["an evaluator"] = _LIBRARIES + row * columns // runtime.evaluators + row * widest
+        held["an evaluator"] = _LIBRARIES + row * columns // runtime.evaluators
     return held
 
 
