@@ -44,6 +44,8 @@ _OPSET, _IR_VERSION = 18, 8
 #: safetensors type: ONNX type
 _TYPES = {"F32": 1, "U8": 2, "I8": 3, "I64": 7, "F16": 10}
 _FLOAT, _INT64, _BOOL = 1, 7, 9
+#: a graph's input or output: name, type, shape
+_Value = tuple[str, int, Sequence[str | int] | None]
 
 
 def write_onnx(tier: Tier, directory: Path) -> None:
@@ -141,7 +143,8 @@ def _equal(tensor: "TensorProto", array: NDArray[Any]) -> bool:
     import onnx.numpy_helper
 
     other = onnx.numpy_helper.to_array(tensor)
-    return other.dtype == array.dtype and other.shape == array.shape and other.tobytes() == array.tobytes()
+    same: bool = other.dtype == array.dtype and other.shape == array.shape and other.tobytes() == array.tobytes()
+    return same
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,8 @@ class _Tables:
         low = add("BitwiseAnd", stored, add.constant(np.array(15, np.uint8)))
         high = add("BitShift", stored, add.constant(np.array(4, np.uint8)), direction="RIGHT")
         nibbles = self.interleave(add, low, high)
-        kept, place = [], 0
+        kept: list[int] = []
+        place = 0
         for width in np.diff([0, *self.cuts]) * self.unit_columns:
             kept += range(place, place + int(width))
             place += 2 * stored_width("int4", int(width))
@@ -390,8 +394,13 @@ def _top_k_graph(tables: _Tables) -> "GraphProto":
         scores = add("Loop", add("Squeeze", rounds), "", scores, ids, outputs=2, body=scan)
         ids = f"{scores}_1"
         first += shard.rows
-    inputs = [("entity", _INT64, ["B"]), ("relation", _INT64, ["B"]), ("asks_head", _BOOL, ["B"]), ("k", _INT64, [1])]
-    outputs = [("ids", _INT64, ["B", "K"]), ("scores", _FLOAT, ["B", "K"])]
+    inputs: list[_Value] = [
+        ("entity", _INT64, ["B"]),
+        ("relation", _INT64, ["B"]),
+        ("asks_head", _BOOL, ["B"]),
+        ("k", _INT64, [1]),
+    ]
+    outputs: list[_Value] = [("ids", _INT64, ["B", "K"]), ("scores", _FLOAT, ["B", "K"])]
     return add.graph(
         [make_tensor_value_info(*value) for value in inputs], [make_tensor_value_info(*value) for value in outputs],
         [ids, scores],
@@ -421,8 +430,13 @@ def _scan(
     k = add("Min", "k", add("Shape", scores, start=1))
     best = add("TopK", scores, k, outputs=2, axis=1)  # of equal scores the first one, so ids rise
     best_ids = add("GatherElements", ids, f"{best}_1", axis=1)
-    inputs = [("round", _INT64, []), ("going", _BOOL, []), ("best_scores", _FLOAT, None), ("best_ids", _INT64, None)]
-    outputs = [("go_on", _BOOL, []), ("scores", _FLOAT, None), ("ids", _INT64, None)]
+    inputs: list[_Value] = [
+        ("round", _INT64, []),
+        ("going", _BOOL, []),
+        ("best_scores", _FLOAT, None),
+        ("best_ids", _INT64, None),
+    ]
+    outputs: list[_Value] = [("go_on", _BOOL, []), ("scores", _FLOAT, None), ("ids", _INT64, None)]
     return add.graph(
         [make_tensor_value_info(prefix + name, dtype, shape) for name, dtype, shape in inputs],
         [make_tensor_value_info(prefix + name, dtype, shape) for name, dtype, shape in outputs],

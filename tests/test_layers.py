@@ -20,9 +20,12 @@ LAYERS = (
     ("loss", "objective"),
     ("distributed", "sharding", "traffic", "optimizer"),
     ("checkpoint", "ranking", "metrics", "telemetry", "finite", "validation"),
-    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "report"),
+    (
+        "trainer", "prepare", "evaluate", "split", "onnx_model", "search_index", "formats", "fidelity", "memory",
+        "pace", "capacity", "plan", "doctor", "report",
+    ),
     ("launch", "readers", "evaluators", "train", "export", "cli"),
-)
+)  # fmt: skip
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 RUNTIME_MAY_IMPORT = {"numpy", "medscale.errors", "medscale.manifest", "medscale.storage"}

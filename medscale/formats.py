@@ -1,0 +1,155 @@
+"""What every format of an exported tier weighs and costs: bytes, opening, a top-10 query, and whether it is right.
+
+safetensors  the tier itself, by `medscale.runtime.Tier`: opened with its files verified, every entity scanned
+parquet      by DuckDB, in SQL: products order by array_inner_product, which is the score; distances by
+             array_distance, which is Euclidean and so only near the score of L1 and complex moduli
+onnx         `model.onnx` by onnxruntime; its tables are the tier's own files, not counted again
+index        `medscale.search_index`: a shortlist, ranked again by the score
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from medscale.errors import ExportError
+from medscale.logs import log
+from medscale.manifest import MANIFEST
+from medscale.onnx_model import SCORE_FILE, TOP_K_FILE
+from medscale.runtime.tier import Tier
+from medscale.search_index import INDEX_FILE, SearchIndex, query_of
+from medscale.seed import generator
+
+__all__ = ["K", "format_records", "formats_table"]
+
+#: answers of a query
+K = 10
+#: queries timed; the median counts
+QUERIES = 20
+
+#: (head, relation) -> ids of the best tails
+Answer = Callable[[int, int], Sequence[int] | NDArray[np.int64]]
+
+
+def format_records(export: Path, triples: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Return a record per tier of an export and format that it holds, smallest tier first; none if there is no export.
+
+    {"tier", "units", "format", "bytes" (of the files of that format), "open_s", "top10_ms" (median of some queries for
+    tails, heads and relations drawn from int64 [T, 3] triples), "recall@10" (of the exact answers)}.
+
+    Raises:
+        ExportError: a tier is damaged.
+
+    """
+    directories = [path for path in sorted(export.glob("*")) if (path / MANIFEST).is_file()]
+    chosen = generator(0, "format queries").choice(len(triples), min(QUERIES, len(triples)), replace=False)
+    asked = [(int(h), int(r)) for h, r, _ in triples[np.sort(chosen)]]
+    records = [record for directory in directories for record in _tier_records(directory, asked)]
+    return sorted(records, key=lambda record: (record["units"], record["tier"]))
+
+
+def _tier_records(directory: Path, asked: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    tier = Tier.open(directory)
+    if tier.facts.get("layout", "full") != "full":
+        raise ExportError(f"{directory} is of layout {tier.facts['layout']}: only whole tiers answer queries alone")
+    exact = [set(_by_tier(tier, *pair)) for pair in asked]
+    for name, (patterns, opener, needs) in FORMATS.items():
+        files = [file for pattern in patterns for file in directory.glob(pattern)]
+        if not files:
+            continue
+        if any(importlib.util.find_spec(module) is None for module in needs):
+            log(f"{name} is not measured: {', '.join(needs)} is not installed here")
+            continue
+        start = time.perf_counter()
+        answer = opener(directory, tier)
+        opened = time.perf_counter() - start
+        milliseconds, recalls = [], []
+        for pair, truth in zip(asked, exact, strict=True):
+            start = time.perf_counter()
+            found = answer(*pair)
+            milliseconds.append(1000 * (time.perf_counter() - start))
+            recalls.append(len(truth & {int(i) for i in found}) / len(truth))
+        yield {
+            "tier": tier.name, "units": tier.dim, "format": name, "bytes": sum(f.stat().st_size for f in files),
+            "open_s": round(opened, 4), "top10_ms": round(median(milliseconds), 3), "recall@10": fmean(recalls),
+        }  # fmt: skip
+
+
+def _by_tier(tier: Tier, head: int, relation: int) -> list[int]:
+    return [tier.entity_id(name) for name in tier.top_k(head, relation, K)[0]]
+
+
+def _tier(directory: Path, tier: Tier) -> Answer:
+    opened = Tier.open(directory)
+    return lambda head, relation: _by_tier(opened, head, relation)
+
+
+def _duckdb(directory: Path, tier: Tier) -> Answer:
+    connection = duckdb.connect()
+    files = str(directory / "entities*.parquet").replace("'", "''")
+    connection.execute(f"CREATE VIEW entities AS SELECT * FROM read_parquet('{files}')")
+    vector = f"vector::FLOAT[{tier.columns}], ?::FLOAT[{tier.columns}]"
+
+    def answer(head: int, relation: int) -> list[int]:
+        asked = query_of(tier, head, relation, "tail")
+        if asked.geometry == "product":
+            query, order = asked.query * asked.weights, f"array_inner_product({vector}) DESC"
+        else:
+            query, order = asked.query, f"array_distance({vector})"
+        rows = connection.execute(
+            f"SELECT id FROM entities ORDER BY {order}, id LIMIT {K}", [query.tolist()]
+        ).fetchall()
+        return [row[0] for row in rows]
+
+    return answer
+
+
+def _onnx(directory: Path, tier: Tier) -> Answer:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(directory / TOP_K_FILE), providers=["CPUExecutionProvider"])
+    asks_head, k = np.array([False]), np.array([K])
+
+    def answer(head: int, relation: int) -> NDArray[np.int64]:
+        feeds = {"entity": np.array([head]), "relation": np.array([relation]), "asks_head": asks_head, "k": k}
+        ids: NDArray[np.int64] = session.run(["ids"], feeds)[0][0]
+        return ids
+
+    return answer
+
+
+def _index(directory: Path, tier: Tier) -> Answer:
+    index = SearchIndex.open(tier, directory)
+    return lambda head, relation: index.best(head, relation, "tail", K)[0]
+
+
+#: by name: files, how to open them, modules that it takes
+FORMATS: Mapping[str, tuple[tuple[str, ...], Callable[[Path, Tier], Answer], tuple[str, ...]]] = {
+    "safetensors": (("*.safetensors", MANIFEST), _tier, ()),
+    "parquet": (("*.parquet",), _duckdb, ()),
+    "onnx": ((TOP_K_FILE, SCORE_FILE), _onnx, ("onnxruntime",)),
+    "index": ((INDEX_FILE,), _index, ("faiss",)),
+}
+
+
+def formats_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the records as a table for the terminal."""
+    table = Table(title="formats", caption=(
+        f"bytes: of the files of that format alone (onnx reads the tables of safetensors); ms: a query for {K} tails; "
+        f"recall@{K}: of the exact answers."
+    ))  # fmt: skip
+    for heading in ("tier", "format"):
+        table.add_column(heading)
+    for heading in ("bytes", "s to open", "ms per query", f"recall@{K}"):
+        table.add_column(heading, justify="right")
+    for r in records:
+        figures = (f"{r['bytes']:,}", f"{r['open_s']:.3f}", f"{r['top10_ms']:.2f}", f"{r['recall@10']:.3f}")
+        table.add_row(r["tier"], r["format"], *figures)
+    return table
