@@ -24,7 +24,7 @@ from medscale.logs import log
 from medscale.manifest import MANIFEST
 from medscale.onnx_model import SCORE_FILE, TOP_K_FILE
 from medscale.runtime.tier import Tier
-from medscale.search_index import INDEX_FILE, SearchIndex, query_of
+from medscale.search_index import INDEX_FILE, Asked, SearchIndex, query_of
 from medscale.seed import generator
 
 __all__ = ["K", "format_records", "formats_table"]
@@ -91,24 +91,41 @@ def _tier(directory: Path, tier: Tier) -> Answer:
     return lambda head, relation: _by_tier(opened, head, relation)
 
 
+#: x: what is zipped of a unit, see `_distance`
+_DISTANCES = {
+    "l1": "x[4] * abs(x[2] - x[3] * x[1])",
+    "l2": "x[4] * power(x[2] - x[3] * x[1], 2)",
+    "modulus": "x[5] * sqrt(power(x[3] - x[1], 2) + power(x[4] - x[2], 2))",
+}
+
+
 def _duckdb(directory: Path, tier: Tier) -> Answer:
     connection = duckdb.connect()
     files = str(directory / "entities*.parquet").replace("'", "''")
     connection.execute(f"CREATE VIEW entities AS SELECT * FROM read_parquet('{files}')")
-    vector = f"vector::FLOAT[{tier.columns}], ?::FLOAT[{tier.columns}]"
 
     def answer(head: int, relation: int) -> list[int]:
         asked = query_of(tier, head, relation, "tail")
         if asked.geometry == "product":
-            query, order = asked.query * asked.weights, f"array_inner_product({vector}) DESC"
+            vector = f"FLOAT[{tier.columns}]"
+            order, given = f"array_inner_product(vector::{vector}, ?::{vector}) DESC", [asked.query * asked.weights]
         else:
-            query, order = asked.query, f"array_distance({vector})"
-        rows = connection.execute(
-            f"SELECT id FROM entities ORDER BY {order}, id LIMIT {K}", [query.tolist()]
-        ).fetchall()
+            lists, given = _distance(asked)
+            order = f"list_sum([{_DISTANCES[asked.geometry]} for x in list_zip({lists})])"
+        statement = f"SELECT id FROM entities ORDER BY {order}, id LIMIT {K}"
+        rows = connection.execute(statement, [numbers.tolist() for numbers in given]).fetchall()
         return [row[0] for row in rows]
 
     return answer
+
+
+def _distance(asked: Asked) -> tuple[str, list[NDArray[np.float64]]]:
+    """Return the lists to zip, in SQL, and the values of their parameters."""
+    if asked.geometry == "modulus":
+        real_imaginary = "vector[1:len(vector):2], vector[2:len(vector):2]"
+        return f"{real_imaginary}, ?, ?, ?", [asked.query[0::2], asked.query[1::2], asked.weights]
+    factor = np.ones_like(asked.query) if asked.factor is None else asked.factor
+    return "vector, ?, ?, ?", [asked.query, factor, asked.weights]
 
 
 def _onnx(directory: Path, tier: Tier) -> Answer:

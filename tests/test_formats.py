@@ -5,7 +5,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
-from small_tables import export, model_facts, small_tables
+from small_tables import SCORERS, export, model_facts, small_tables
 
 from medscale.formats import format_records, formats_table
 from medscale.manifest import read_manifest, write_manifest
@@ -68,6 +68,15 @@ def test_every_format_is_measured_and_finds_what_the_tier_finds(directory: Path)
     assert sizes["index"] == (place / INDEX_FILE).stat().st_size
     assert sizes["parquet"] > 70 * 24 * 4
     assert formats_table(records).row_count == 6
+
+
+@pytest.mark.parametrize(("scorer", "norm"), SCORERS)
+def test_duckdb_computes_every_score(tmp_path: Path, scorer: str, norm: str) -> None:
+    facts = model_facts(scorer, norm, damping=(0.5, 0.25))
+    export(tmp_path / "export", facts, small_tables(facts, 70, 4), {"server": 12})
+    assert [(r["format"], r["recall@10"]) for r in format_records(tmp_path / "export", TRIPLES)] == [
+        ("safetensors", 1), ("parquet", 1),
+    ]  # fmt: skip
 
 
 def test_no_export_has_no_formats(tmp_path: Path) -> None:
