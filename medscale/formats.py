@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from medscale.errors import ExportError
 from medscale.logs import log
-from medscale.manifest import MANIFEST
+from medscale.manifest import MANIFEST, parse_json
 from medscale.onnx_model import SCORE_FILE, TOP_K_FILE
 from medscale.runtime.tier import Tier
 from medscale.search_index import INDEX_FILE, Asked, SearchIndex, query_of
@@ -41,6 +40,8 @@ Answer = Callable[[int, int], Sequence[int] | NDArray[np.int64]]
 def format_records(export: Path, triples: NDArray[np.int64]) -> list[dict[str, Any]]:
     """Return a record per tier of an export and format that it holds, smallest tier first; none if there is no export.
 
+    Tiers of layout "delta" or "rows" are left out.
+
     {"tier", "units", "format", "bytes" (of the files of that format), "open_s", "top10_ms" (median of some queries for
     tails, heads and relations drawn from int64 [T, 3] triples), "recall@10" (of the exact answers)}.
 
@@ -48,17 +49,26 @@ def format_records(export: Path, triples: NDArray[np.int64]) -> list[dict[str, A
         ExportError: a tier is damaged.
 
     """
-    directories = [path for path in sorted(export.glob("*")) if (path / MANIFEST).is_file()]
+    directories = [path for path in sorted(export.glob("*")) if (path / MANIFEST).is_file() and _is_whole(path)]
     chosen = generator(0, "format queries").choice(len(triples), min(QUERIES, len(triples)), replace=False)
     asked = [(int(h), int(r)) for h, r, _ in triples[np.sort(chosen)]]
     records = [record for directory in directories for record in _tier_records(directory, asked)]
     return sorted(records, key=lambda record: (record["units"], record["tier"]))
 
 
+def _is_whole(directory: Path) -> bool:
+    """Whether a tier answers queries without others below it."""
+    try:
+        layout = parse_json((directory / MANIFEST).read_text(encoding="utf-8"))["facts"].get("layout", "full")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return True  # opening it will say what is wrong
+    if layout != "full":
+        log(f"{directory.name} is of layout {layout}, which answers no queries alone: its formats are not measured")
+    return bool(layout == "full")
+
+
 def _tier_records(directory: Path, asked: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     tier = Tier.open(directory)
-    if tier.facts.get("layout", "full") != "full":
-        raise ExportError(f"{directory} is of layout {tier.facts['layout']}: only whole tiers answer queries alone")
     exact = [set(_by_tier(tier, *pair)) for pair in asked]
     for name, (patterns, opener, needs) in FORMATS.items():
         files = [file for pattern in patterns for file in directory.glob(pattern)]

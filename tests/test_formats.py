@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small_tables import SCORERS, export, model_facts, small_tables
 
+from medscale.errors import ExportError
 from medscale.formats import format_records, formats_table
 from medscale.manifest import read_manifest, write_manifest
 from medscale.onnx_model import SCORE_FILE, TOP_K_FILE, write_onnx
@@ -52,7 +53,7 @@ def test_every_format_is_measured_and_finds_what_the_tier_finds(directory: Path)
     tier = Tier.open(place)
     write_onnx(tier, place)
     write_index(tier, place)
-    old = read_manifest(place, TIER_KIND, TIER_FORMAT, ValueError)  # type: ignore[arg-type]
+    old = read_manifest(place, TIER_KIND, TIER_FORMAT, ExportError)
     write_manifest(place, old.kind, old.format, old.facts)
     records = format_records(directory, TRIPLES)
     assert [(r["tier"], r["format"]) for r in records] == [
@@ -77,6 +78,19 @@ def test_duckdb_computes_every_score(tmp_path: Path, scorer: str, norm: str) -> 
     assert [(r["format"], r["recall@10"]) for r in format_records(tmp_path / "export", TRIPLES)] == [
         ("safetensors", 1), ("parquet", 1),
     ]  # fmt: skip
+
+
+def test_what_answers_no_queries_alone_is_left_out(directory: Path) -> None:
+    place = (directory / "server").resolve()
+    old = read_manifest(place, TIER_KIND, TIER_FORMAT, ExportError)
+    write_manifest(place, old.kind, old.format, {**old.facts, "layout": "delta"})
+    assert {record["tier"] for record in format_records(directory, TRIPLES)} == {"phone"}
+
+
+def test_a_damaged_tier_ends_in_one_sentence(directory: Path) -> None:
+    (directory / "phone" / "manifest.json").write_text("[]")
+    with pytest.raises(ExportError, match="manifest"):
+        format_records(directory, TRIPLES)
 
 
 def test_no_export_has_no_formats(tmp_path: Path) -> None:
