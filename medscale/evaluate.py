@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from medscale.graph.reader import Graph
 from medscale.logs import console, log, progress
 from medscale.options import job_parser, run_command, run_of
 from medscale.ranking import (
+    EntityRows,
     Ranks,
     ability_retention,
     count_halves,
@@ -40,7 +41,7 @@ from medscale.ranking import (
 from medscale.storage import write_atomic, write_json
 from medscale.workers import Workers
 
-__all__ = ["PROTOCOL", "evaluate", "main", "print_table"]
+__all__ = ["PROTOCOL", "evaluate", "main", "print_table", "rank_tables", "tables_and_triples"]
 
 PROTOCOL = "filtered by train+valid+test, realistic ranks for ties, all entities as candidates"
 
@@ -56,16 +57,9 @@ def evaluate(
 
     """
     split = split or job.evaluate.split
-    tables = open_tables(newest_checkpoint(run_directory, step))
-    if tables.facts["graph_sha256"] != graph.sha256:
-        raise CheckpointError(
-            f"{tables.checkpoint.directory} was trained on another graph than {graph.directory}; train anew"
-        )
-    triples = sample_triples(graph.triples(split), job.evaluate.max_triples, job.seed)
-    if not len(triples):
-        raise GraphError(f"{graph.directory}: the {split} split is empty; name files or a fraction in the job")
+    tables, triples = tables_and_triples(job, graph, run_directory, split=split, step=step)
     start = time.monotonic()
-    ranks = _rank(job, graph, tables, triples, split)
+    ranks = rank_tables(job, graph, tables, triples, split)
     records = records_of(ranks, split)
     summary = _summary(tables, graph, ranks, records, split, time.monotonic() - start)
     by_relation = relation_records(ranks, triples[:, 1], graph.relation_names().to_pylist())
@@ -77,8 +71,35 @@ def evaluate(
     return records, summary
 
 
-def _rank(job: Job, graph: Graph, tables: Tables, triples: NDArray[np.int64], split: str) -> Ranks:
-    """Rank int64 [T, 3] triples, among as many parts of the entities in turn as workers held the table."""
+def tables_and_triples(
+    job: Job, graph: Graph, run_directory: Path, *, split: str, step: int | None
+) -> tuple[Tables, NDArray[np.int64]]:
+    """Return the tables of a run's best step (or of `step`), and the int64 [T, 3] triples of a split to rank.
+
+    Raises:
+        CheckpointError: no usable checkpoint, or one trained on another graph.
+        GraphError: the split is empty.
+
+    """
+    tables = open_tables(newest_checkpoint(run_directory, step))
+    if tables.facts["graph_sha256"] != graph.sha256:
+        raise CheckpointError(
+            f"{tables.checkpoint.directory} was trained on another graph than {graph.directory}; train anew"
+        )
+    triples = sample_triples(graph.triples(split), job.evaluate.max_triples, job.seed)
+    if not len(triples):
+        raise GraphError(f"{graph.directory}: the {split} split is empty; name files or a fraction in the job")
+    return tables, triples
+
+
+def rank_tables(
+    job: Job, graph: Graph, tables: Tables, triples: NDArray[np.int64], what: str,
+    as_shipped: Callable[[EntityRows], EntityRows] = lambda rows: rows,
+) -> Ranks:  # fmt: skip
+    """Return the ranks of int64 [T, 3] triples among all entities, in as many parts in turn as workers held the table.
+
+    `as_shipped` is what becomes of the rows before they are ranked with; `what` names the progress.
+    """
     dims, parts = tables.layout.dims, job.runtime.workers
     # The driver of several workers may run where there is no GPU.
     runtime = dataclasses.replace(job.runtime, device="auto") if parts > 1 else job.runtime
@@ -86,11 +107,11 @@ def _rank(job: Job, graph: Graph, tables: Tables, triples: NDArray[np.int64], sp
     choose_threads(job.runtime)
     known, mentioned = KnownTriples.of_graph(graph, about=triples), np.unique(triples[:, [0, 2]])
     halves_2nT = np.zeros((2, len(dims), len(triples)), dtype=np.int64)
-    with progress(f"ranking {split}", 2 * parts * len(triples), "queries") as advance:
+    with progress(f"ranking {what}", 2 * parts * len(triples), "queries") as advance:
         for part in range(parts):
             rows = tables.shard(Workers(part, parts).share(tables.layout.num_entities), mentioned)
             halves_2nT += count_halves(
-                triples, rows.to(device), tables.relation_table.to(device), tables.layout, known,
+                triples, as_shipped(rows.to(device)), tables.relation_table.to(device), tables.layout, known,
                 memory_mib=job.evaluate.memory_mib, kernels=job.runtime.kernels, advance=advance,
             )  # fmt: skip
     return Ranks.of_halves(dims, halves_2nT)

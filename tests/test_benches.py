@@ -160,6 +160,29 @@ def test_scaling() -> None:
 
 
 @pytest.mark.slow
+def test_precision(data_dir: Path, tmp_path: Path) -> None:
+    places = [
+        "--data-dir",
+        str(data_dir),
+        "--runs-dir",
+        str(tmp_path / "runs"),
+        "--graphs-dir",
+        str(tmp_path / "graphs"),
+    ]
+    command = [sys.executable, str(BENCHES / "precision.py"), "--quick", "--json", "--threads", "1", *places]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-4000:]
+    records = json.loads(done.stdout)["results"]
+    ranked = [r for r in records if r["system"] == "precision"]
+    assert {(r["tier"], r["precision"]) for r in ranked} == {
+        (tier, precision) for tier in ("phone", "pc", "server") for precision in ("float32", "float16", "int8", "int4")
+    }
+    assert all(0.5 < r["mrr"] < 1 and r["triples"] == 200 for r in ranked)
+    assert [r["format"] for r in records if r["system"] == "format"] == 3 * ["safetensors", "parquet", "onnx", "index"]
+    assert all(r["recall@10"] > 0.9 for r in records if r["system"] == "format")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("pykeen") is None, reason="PyKEEN is not installed: pip install pykeen")
 def test_peers(data_dir: Path) -> None:
     records = quick("peers", "--data-dir", str(data_dir))

@@ -21,10 +21,13 @@ LAYERS = (
     ("distributed", "sharding", "traffic", "optimizer"),
     ("pieces", "checkpoint", "ranking", "metrics", "telemetry", "finite", "validation", "lineage"),
     ("results", "markup", "figures", "places", "namehash", "tierfiles", "shardfiles", "versions"),
-    ("trainer", "prepare", "evaluate", "split", "memory", "pace", "capacity", "plan", "doctor", "predict"),
+    (
+        "trainer", "prepare", "evaluate", "split", "onnx_model", "search_index", "formats", "fidelity", "memory",
+        "pace", "capacity", "plan", "doctor", "predict",
+    ),
     ("tiers", "page", "report"),
     ("launch", "readers", "evaluators", "extend", "train", "export", "cli"),
-)
+)  # fmt: skip
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 RUNTIME_MAY_IMPORT = {"numpy", "medscale.errors", "medscale.manifest", "medscale.storage"}

@@ -157,12 +157,36 @@ def reading() -> Iterator[str]:
         yield f"{who} | {r['triples']:,} | {r['triples_per_s']:,.0f} | {r['peak_mib']:,.0f}"
 
 
+def precisions() -> Iterator[str]:
+    """Yield a row per job and tier: MRR of float32, what the other precisions keep of it, and bytes of a row."""
+    records = [r for r in records_of("precision") if r["system"] == "precision"]
+    for job, tier in dict.fromkeys((r["job"], r["tier"]) for r in records):
+        of = {r["precision"]: r for r in records if (r["job"], r["tier"]) == (job, tier)}
+        one = of["float32"]
+        kept = [f"{r['share_of_float32']:.1%}{' *' if r['marked'] else ''}" for r in list(of.values())[1:]]
+        sizes = [f"{r['bytes_per_entity']:,}" for r in of.values()]
+        yield " | ".join([f"`{job}`, {one['scorer']}", f"{tier}, {one['units']}", f"{one['mrr']:.3f}", *kept, *sizes])
+
+
+def formats() -> Iterator[str]:
+    """Yield a row per tier and format of the largest graph."""
+    records = [r for r in records_of("precision") if r["system"] == "format"]
+    largest = max(r["entities"] for r in records)
+    for r in records:
+        if r["entities"] == largest:
+            write = f"{r['write_s']:.2f}" if "write_s" in r else ""
+            yield (
+                f"{r['tier']}, {r['units']} | `{r['format']}` | {r['bytes'] / 1e6:.3f} | {write} | {r['open_s']:.3f} "
+                f"| {r['top10_ms']:.2f} | {r['recall@10']:.3f}"
+            )
+
+
 def section() -> str:
     """Return the section of the README."""
     rates = dict.fromkeys(f"{r['system']} {r['scorer']} {r['learning_rate']}" for r in records_of("peers"))
     peer, step = records_of("peers")[0], json.loads((RESULTS / "training_step.json").read_text())["environment"]
     large = records_of("prepare_scale")[0]
-    scale, full, pair = (records_of(name)[-1] for name in ("skg_scale", "skg_run", "scaling"))
+    largest = max((r for r in records_of("precision") if r["system"] == "format"), key=lambda r: r["entities"])
     scale, full, pair = (records_of(name)[-1] for name in ("skg_scale", "skg_run", "scaling"))
     sizes = "one, 1 core | 64 | times one | in 3 tables | one, 2 cores | 64 | times one | in 3 tables | 2 cores / 1"
     return "\n".join([
@@ -242,6 +266,22 @@ def section() -> str:
         *table(
             "workers | batch | triples/s | times one | communication | MiB sent | planned | MiB | planned", workers()
         ),
+        "",
+        "**Precisions** (`precision`): MRR of every tier on the full test split (both sides, filtered, all entities) at"
+        " float32, what is left of it at the others (* loses more than 1%), and the bytes of an entity's row (numbers, "
+        "scales and norms, without its name). `fb15k237_short` is `fb15k237` stopped after 6 epochs; `qs_transe` is "
+        "TransE (L1) on the graph of `quickstart`.",
+        "",
+        *table(
+            "job | tier, units | MRR | float16 | int8 | int4 | bytes, float32 | float16 | int8 | int4", precisions()
+        ),
+        "",
+        f"**Formats** (`precision`): every tier of `{largest['job']}`, {largest['entities']:,} entities, float32, on "
+        f"{largest['threads']} core while the machine did other work: MB of the format's own files (`onnx` reads the "
+        "tables of `safetensors`), seconds to write what is written afterwards and to open it (`safetensors`: all files"
+        " hashed), ms of a query for the ten best tails, and how many of them are the true ones.",
+        "",
+        *table("tier, units | format | MB | s to write | s to open | ms per query | recall@10", formats()),
     ])  # fmt: skip
 
 
