@@ -342,8 +342,11 @@ class ExportSection:
         "range", "which entities lie in a file together: ids that follow each other, or names with the same hash"
     )
     shard_rows: int = key(262_144, "entities per file, on average with sharding hash", minimum=1)
-    formats: tuple[Literal["parquet"], ...] = key(
-        ("parquet",), "what is written beside the numeric core for other programs; may be empty"
+    formats: tuple[Literal["parquet", "onnx", "index"], ...] = key(
+        ("parquet",),
+        "what is written beside the numeric core for other programs; may be empty. `onnx`: models that answer queries "
+        "and score triples (needs the extra `onnx`); `index`: an approximate search index (the extra `index`); neither "
+        "is for tiers of layout delta, but for the smallest",
     )
     tasks: int = key(
         1,

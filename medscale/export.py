@@ -15,20 +15,25 @@ from rich.table import Table
 from medscale.checkpoint import Tables, newest_checkpoint, open_tables
 from medscale.config import ExportSection, Job
 from medscale.errors import ConfigError, ExportError
-from medscale.graph.reader import Graph, open_graph
+from medscale.fidelity import print_report, write_report
+from medscale.graph.reader import open_graph
 from medscale.location import Location
 from medscale.logs import console, progress
 from medscale.manifest import read_manifest
+from medscale.onnx_model import write_onnx
 from medscale.options import job_parser, run_command, run_of
 from medscale.runtime.files import TIER_KIND
 from medscale.runtime.tier import TIER_FORMAT
+from medscale.search_index import write_index
 from medscale.split import EntityTypes, Extra, ModelFacts, WrittenTier, check_tiers, write_export
 from medscale.versions import roll_back
 
-__all__ = ["export_run", "extras_of", "main", "parse_tiers"]
+__all__ = ["export_run", "extras_of", "main", "parse_formats", "parse_tiers"]
 
 _TIER = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<dim>[1-9][0-9]{0,8})")
 
+#: what `export.formats` may name
+FORMATS = typing.get_args(typing.get_args(typing.get_type_hints(ExportSection)["formats"])[0])
 #: keys of the job's section `export` that the command line may give another value
 _KEYS = ("layout", "precision", "sharding", "shard_rows", "tasks")
 
@@ -54,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write only the entities that joined since DIR, an export of the run that this one extended, was made; "
         "tiers, precision and shards are its",
     )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="then rank the test split with every tier at every precision, and measure the formats: export_report.json",
+    )
     parser.add_argument("--rollback", action="store_true", help="write nothing: return to the export before this one")
     group = parser.add_argument_group("instead of the job's keys export.*")
     for field in fields(ExportSection):
@@ -66,9 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 metavar=None if choices else "N",
                 help=field.metadata["help"],
             )
+    group.add_argument("--formats", metavar="NAME,...", help=f"of {', '.join(FORMATS)}; or none")
     arguments = parser.parse_args(argv)
     given = [key for key in (*_KEYS, "tiers", "step") if getattr(arguments, key) is not None]
-    if arguments.rollback and (given or arguments.onto):
+    if arguments.rollback and (given or arguments.onto or arguments.report or arguments.formats):
         parser.error("--rollback goes with --out alone: it writes nothing")
     if arguments.onto and (fixed := [key for key in given if key not in ("tasks", "step")]):
         parser.error(f"--{fixed[0].replace('_', '-')} is that of the export that --onto names")
@@ -87,6 +98,8 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"{out} is the export of step {step} again ({version.name})")
         return
     changes = {key: getattr(arguments, key) for key in _KEYS if getattr(arguments, key) is not None}
+    if arguments.formats is not None:
+        changes["formats"] = parse_formats(arguments.formats)
     start = time.perf_counter()
     written = export_run(
         replace(job, export=replace(job.export, **changes)),
@@ -98,6 +111,9 @@ def _run(arguments: argparse.Namespace) -> None:
         onto=arguments.onto,
     )
     console().print(_table(written, time.perf_counter() - start))
+    if arguments.report:
+        graph = open_graph(arguments.graphs_dir / job.graph_name, verify=False)
+        print_report(write_report(job, graph, run_directory, tiers or job.model.tiers, arguments.step, export=out))
     print(out)
 
 
@@ -147,14 +163,20 @@ def export_run(
             section,
             entity_types=None if types is None else EntityTypes(*types),
             base=onto,
-            extras=extras_of(section, graph),
+            extras=extras_of(section),
             advance=advance,
         )
 
 
-def extras_of(section: ExportSection, graph: Graph) -> list[Extra]:
+def extras_of(section: ExportSection) -> list[Extra]:
     """Return what adds the files of the formats asked for to each tier that is written; Parquet is written with it."""
-    return []
+    makers = {"onnx": write_onnx, "index": write_index}
+    return [_whole_only(maker) for name, maker in makers.items() if name in section.formats]
+
+
+def _whole_only(extra: Extra) -> Extra:
+    """Return what leaves tiers alone that hold a part of their columns."""
+    return lambda tier, directory: None if tier.facts["layout"] == "delta" else extra(tier, directory)
 
 
 def _form_of(onto: Path, section: ExportSection) -> tuple[Mapping[str, int], ExportSection]:
@@ -192,6 +214,20 @@ def parse_tiers(text: str) -> dict[str, int]:
     if problems:
         raise ConfigError(problems)
     return tiers
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Return the formats that `parquet,onnx` names; `none` names none.
+
+    Raises:
+        ConfigError: lists each that does not exist.
+
+    """
+    names = tuple(text.split(",")) if text != "none" else ()
+    problems = [f"--formats: {name!r} is none of {', '.join(FORMATS)}" for name in names if name not in FORMATS]
+    if problems:
+        raise ConfigError(problems)
+    return names
 
 
 def _model_facts(job: Job, tables: Tables) -> ModelFacts:

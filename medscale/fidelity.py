@@ -1,9 +1,10 @@
-"""What precisions cost: every tier ranked with rows as they decode: `python -m medscale.fidelity JOB`.
+"""What precisions cost, with every tier ranked as its rows decode: `medscale export --report`.
 
 A tier's rows are coded cut by cut (`medscale.runtime.precision`), so a row of the largest tier, coded at a precision,
 begins with the rows of all smaller ones as they are shipped at it. One pass of the ranking per precision therefore
 serves all tiers: filtered, both sides, all entities, realistic ranks, by the code that evaluates a run. Rows are coded
-and decoded as they are ranked, a chunk at a time; relations are float32 at every precision.
+and decoded as they are ranked, a chunk at a time; relations are float32 at every precision. `python -m
+medscale.fidelity JOB_OR_RUN` measures without exporting anew.
 """
 
 import argparse
@@ -29,13 +30,21 @@ from medscale.formats import format_records, formats_table
 from medscale.graph.reader import Graph
 from medscale.logs import console, log
 from medscale.model.layout import Layout
-from medscale.options import job_parser, run_command
+from medscale.options import job_parser, run_command, run_of
 from medscale.ranking import EntityRows, records_of
-from medscale.runtime.precision import PRECISIONS, Precision, decode, encode, stored_dtype, stored_width
+from medscale.runtime.precision import PRECISIONS, Precision, decode, encode, row_bytes
 from medscale.split import check_tiers
 from medscale.storage import write_json
 
-__all__ = ["REPORT", "bytes_per_entity", "main", "precision_records", "precisions_table", "write_report"]
+__all__ = [
+    "REPORT",
+    "bytes_per_entity",
+    "main",
+    "precision_records",
+    "precisions_table",
+    "print_report",
+    "write_report",
+]
 
 REPORT = "export_report.json"
 #: a precision that keeps less of float32's MRR is marked
@@ -44,13 +53,14 @@ _METRICS = ("mrr", "hits@1", "hits@10")
 
 
 def write_report(
-    job: Job, graph: Graph, run_directory: Path, tiers: Mapping[str, int], step: int | None = None
-) -> dict[str, Any]:
+    job: Job, graph: Graph, run_directory: Path, tiers: Mapping[str, int], step: int | None = None,
+    *, export: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Rank tiers (name: units) at every precision, measure what is exported, and write `export_report.json`.
 
     The split is that of the job's `evaluate`, its sample too. `step` is the checkpoint's: by default the best one.
     "precisions" of the report holds the records of `precision_records`, "formats" those of `medscale.formats` for
-    every exported tier.
+    every tier of `export` (default: the run's own).
 
     Raises:
         CheckpointError: no usable checkpoint, or one trained on another graph.
@@ -70,7 +80,7 @@ def write_report(
         "triples_ranked": len(triples),
         "triples_in_split": graph.num_triples[split],
         "precisions": precision_records(job, graph, tables, tiers, triples),
-        "formats": format_records(run_directory / "export", triples),
+        "formats": format_records(export or run_directory / "export", triples),
     }
     write_json(run_directory / REPORT, report)
     return report
@@ -110,10 +120,7 @@ def precision_records(
 def bytes_per_entity(layout: Layout, cuts: Sequence[int], precision: Precision) -> int:
     """Return what an entity's row takes in a tier of these cuts (units, rising): numbers, scales and norms, no name."""
     widths = [width * layout.scorer.unit_columns for width in np.diff([0, *cuts]).tolist()]
-    numbers = stored_dtype(precision).itemsize * sum(stored_width(precision, width) for width in widths)
-    scales = 4 * len(cuts) if precision in ("int8", "int4") else 0
-    norms = 0 if layout.scorer.is_distance else 4 * (len(cuts) - 1)
-    return numbers + scales + norms
+    return row_bytes(widths, precision, norms=not layout.scorer.is_distance)
 
 
 def _widths(layout: Layout, cuts: Sequence[int]) -> list[int]:
@@ -181,10 +188,17 @@ def precisions_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def print_report(report: Mapping[str, Any]) -> None:
+    """Print a report's tables."""
+    console().print(precisions_table(report), formats_table(report["formats"]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     parser = job_parser(
-        "fidelity", "Rank a run's tiers at every precision against float32, and measure the formats that it exported."
+        "fidelity",
+        "Rank a run's tiers at every precision against float32, and measure the formats that it exported.",
+        or_run=True,
     )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to code (default: the best, else the newest)")
     parser.add_argument("--triples", type=int, metavar="N", help="rank a sample instead of the job's")
@@ -194,19 +208,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from medscale.jobfile import load_job
     from medscale.prepare import prepare
 
-    job = load_job(arguments.job)
+    job, run_directory = run_of(arguments.job, arguments.runs_dir)
     if arguments.triples is not None:
         job = dataclasses.replace(job, evaluate=dataclasses.replace(job.evaluate, max_triples=arguments.triples))
     graph = prepare(job, data_root=arguments.data_dir, graphs_root=arguments.graphs_dir)
-    run_directory = arguments.runs_dir / job.name
     report = write_report(job, graph, run_directory, job.model.tiers, arguments.step)
     if arguments.json:
         print(json.dumps(report))
     else:
-        console().print(precisions_table(report), formats_table(report["formats"]))
+        print_report(report)
         log(f"written: {run_directory / REPORT}")
 
 

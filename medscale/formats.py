@@ -22,8 +22,9 @@ from rich.table import Table
 from medscale.logs import log
 from medscale.manifest import MANIFEST, parse_json
 from medscale.onnx_model import SCORE_FILE, TOP_K_FILE
+from medscale.runtime.query import Query
 from medscale.runtime.tier import Tier
-from medscale.search_index import INDEX_FILE, Asked, SearchIndex, query_of
+from medscale.search_index import INDEX_FILE, SearchIndex
 from medscale.seed import generator
 
 __all__ = ["K", "format_records", "formats_table"]
@@ -115,10 +116,10 @@ def _duckdb(directory: Path, tier: Tier) -> Answer:
     connection.execute(f"CREATE VIEW entities AS SELECT * FROM read_parquet('{files}')")
 
     def answer(head: int, relation: int) -> list[int]:
-        asked = query_of(tier, head, relation, "tail")
+        asked = tier.query(head, relation, "tail")
         if asked.geometry == "product":
             vector = f"FLOAT[{tier.columns}]"
-            order, given = f"array_inner_product(vector::{vector}, ?::{vector}) DESC", [asked.query * asked.weights]
+            order, given = f"array_inner_product(vector::{vector}, ?::{vector}) DESC", [asked.vector * asked.weights]
         else:
             lists, given = _distance(asked)
             order = f"list_sum([{_DISTANCES[asked.geometry]} for x in list_zip({lists})])"
@@ -129,13 +130,13 @@ def _duckdb(directory: Path, tier: Tier) -> Answer:
     return answer
 
 
-def _distance(asked: Asked) -> tuple[str, list[NDArray[np.float64]]]:
+def _distance(asked: Query) -> tuple[str, list[NDArray[np.float64]]]:
     """Return the lists to zip, in SQL, and the values of their parameters."""
     if asked.geometry == "modulus":
         real_imaginary = "vector[1:len(vector):2], vector[2:len(vector):2]"
-        return f"{real_imaginary}, ?, ?, ?", [asked.query[0::2], asked.query[1::2], asked.weights]
-    factor = np.ones_like(asked.query) if asked.factor is None else asked.factor
-    return "vector, ?, ?, ?", [asked.query, factor, asked.weights]
+        return f"{real_imaginary}, ?, ?, ?", [asked.vector[0::2], asked.vector[1::2], asked.weights]
+    factor = np.ones_like(asked.vector) if asked.factor is None else asked.factor
+    return "vector, ?, ?, ?", [asked.vector, factor, asked.weights]
 
 
 def _onnx(directory: Path, tier: Tier) -> Answer:

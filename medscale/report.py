@@ -27,11 +27,10 @@ from medscale.manifest import MANIFEST, read_manifest
 from medscale.options import job_parser, run_command, run_of
 from medscale.results import evaluation_of
 from medscale.runtime.files import TIER_FORMATS, TIER_KIND
-from medscale.runtime.precision import Precision
 from medscale.runtime.tier import Tier
 from medscale.seed import generator
 from medscale.storage import write_atomic
-from medscale.tiers import INSTALL, missing_for_figures, row_bytes
+from medscale.tiers import INSTALL, bytes_per_entity, missing_for_figures
 
 __all__ = ["TierLine", "main", "report", "tiers_table", "write_page"]
 
@@ -90,7 +89,7 @@ def _line(directory: Path, quality: Mapping[int, Mapping[str, Any]]) -> TierLine
     tier = Tier.open(directory)
     if tier.dim not in quality:
         raise MedscaleError(f"{directory} has dim {tier.dim}, which is not evaluated: run medscale evaluate again")
-    record = quality[tier.dim]
+    record, facts = quality[tier.dim], tier.checked_facts
     return TierLine(
         tier=tier.name,
         dim=tier.columns,
@@ -99,19 +98,15 @@ def _line(directory: Path, quality: Mapping[int, Mapping[str, Any]]) -> TierLine
         hits_at_1=record["hits@1"],
         hits_at_3=record["hits@3"],
         hits_at_10=record["hits@10"],
-        precision=_precision(tier),
-        bytes_per_entity=row_bytes(tier.facts["tiers"].values(), tier.dim, tier.columns // tier.dim, _precision(tier)),
+        precision=facts.precision,
+        bytes_per_entity=bytes_per_entity(
+            facts.cuts, tier.dim, facts.unit_columns, facts.precision, norms=facts.scorer.geometry == "product"
+        ),
         bytes=_bytes_of(directory),
         lookup_ms=_lookup_milliseconds(tier),
         split=record["split"],
         num_queries=record["num_queries"],
     )
-
-
-def _precision(tier: Tier) -> Precision:
-    """Return how a tier's rows are stored; the first format calls it their dtype."""
-    stored: Precision = tier.facts.get("precision") or tier.facts["dtype"]
-    return stored
 
 
 def _bytes_of(directory: Path) -> int:

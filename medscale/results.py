@@ -59,7 +59,7 @@ def summary_of(run_directory: Path) -> Mapping[str, Any]:
 
 
 def export_report_of(run_directory: Path) -> list[Mapping[str, Any]]:
-    """Return what an export measured per tier and precision; nothing where it measured nothing.
+    """Return what was measured per tier and precision; nothing where nothing was: see `fidelity.write_report`.
 
     A record is {"tier", "precision", "mrr", "hits@10", "bytes_per_entity", "share_of_float32", "marked"}.
 
@@ -69,7 +69,7 @@ def export_report_of(run_directory: Path) -> list[Mapping[str, Any]]:
     """
     path = run_directory / "export_report.json"
     try:
-        records = parse_json(path.read_text(encoding="utf-8"))
+        records = parse_json(path.read_text(encoding="utf-8"))["precisions"]
         for record in records:
             str(record["tier"]), str(record["precision"]), bool(record["marked"])
             if not all(isinstance(record[name], int | float) for name in _EXPORT_FIGURES):

@@ -31,10 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medscale.errors import ExportError, UnsupportedError
-from medscale.runtime.scoring import Array, Side, compare, exported_scorer, unit_weights
+from medscale.runtime.query import Query
+from medscale.runtime.scoring import Array, Side, exported_scorer, unit_weights
 from medscale.runtime.tier import Tier
 
-__all__ = ["INDEX_FILE", "Asked", "SearchIndex", "query_of", "write_index"]
+__all__ = ["INDEX_FILE", "SearchIndex", "write_index"]
 
 INDEX_FILE = "entities.faiss"
 #: bytes of float32 rows that are added at a time
@@ -132,7 +133,7 @@ class SearchIndex:
         """
         if k < 1:
             raise ExportError(f"k is {k}; ask for at least 1")
-        asked = query_of(self.tier, known, relation, side)
+        asked = self.tier.query(known, relation, side)
         lists = max(LEAST, self._index.nlist // SHARE) if lists is None else lists
         parameters = _faiss().SearchParametersIVF(nprobe=min(lists, self._index.nlist))
         number = min(max(k, SHORTLIST * k if shortlist is None else shortlist), self.tier.num_entities)
@@ -141,50 +142,6 @@ class SearchIndex:
         scores = asked.scores(self.tier.vectors(ids))
         order = np.argsort(-scores, kind="stable")[:k]
         return ids[order], scores[order]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A query for one side of a triple, as rows are compared with it."""
-
-    geometry: str
-    #: float64[columns]
-    query: Array
-    #: float64[columns] on the rows compared, with PairRE
-    factor: Array | None
-    #: float64 per unit for "modulus", else per column
-    weights: Array
-
-    def scores(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the scores, float32[N], of rows [N, columns]."""
-        wide = rows.astype(np.float64)
-        scores = compare(self.geometry, self.query, wide if self.factor is None else wide * self.factor, self.weights)
-        return scores.astype(np.float32)
-
-
-def query_of(tier: Tier, known: str | int, relation: str | int, side: Side) -> Asked:
-    """Return the query for the tails of (known, relation, ?), or the heads of (?, relation, known).
-
-    Raises:
-        ExportError: unknown name or id.
-
-    """
-    scorer = exported_scorer(tier.scorer, tier.facts["norm"])
-    row = tier.vector(known).astype(np.float64)
-    index = tier.relation_id(relation) if isinstance(relation, str) else relation
-    tier.relation_name(index)
-    if tier.reciprocal:
-        # An inverse relation asks for the tail of (t, inverse of r, ?): the same question, told forwards.
-        index, side = index + (tier.num_relations if side == "head" else 0), "tail"
-    relation_row = _relations(tier)[index].astype(np.float64)
-    factor = scorer.factor and scorer.factor(relation_row, side)
-    weights = unit_weights(tier.facts["dims"], tier.damping)
-    per_column = 1 if scorer.geometry == "modulus" else len(scorer.entity_unit)
-    return Asked(scorer.geometry, scorer.query(row, relation_row, side), factor, np.repeat(weights, per_column))
-
-
-def _relations(tier: Tier) -> Array:
-    return tier._relations
 
 
 @dataclass(frozen=True)
@@ -219,13 +176,13 @@ class _Geometry:
         weighted: NDArray[np.float32] = rows * self.weights.astype(np.float32)
         return weighted
 
-    def query(self, asked: Asked) -> NDArray[np.float32]:
+    def query(self, asked: Query) -> NDArray[np.float32]:
         """Return a query [columns] as the index compares it."""
         if asked.factor is not None:
             weighted = np.square(asked.weights) * asked.factor
-            query = np.concatenate([2 * weighted * asked.query, -weighted * asked.factor])
+            query = np.concatenate([2 * weighted * asked.vector, -weighted * asked.factor])
         else:
-            query = asked.query * (asked.weights if self.products else self.weights)
+            query = asked.vector * (asked.weights if self.products else self.weights)
         return query.astype(np.float32)
 
 

@@ -32,7 +32,7 @@ from medscale.logs import console, log
 from medscale.model.layout import layout_of
 from medscale.options import job_parser, run_command, run_of
 from medscale.results import evaluation_of, summary_of
-from medscale.runtime.precision import Precision, stored_dtype, stored_width
+from medscale.runtime.precision import Precision, row_bytes, stored_dtype
 from medscale.runtime.scoring import exported_scorer
 from medscale.storage import write_atomic
 
@@ -41,6 +41,7 @@ __all__ = [
     "TIER_PRECISIONS",
     "Point",
     "Sizes",
+    "bytes_per_entity",
     "choose",
     "curve_of",
     "in_bytes",
@@ -48,7 +49,6 @@ __all__ = [
     "missing_for_figures",
     "parse_budget",
     "parse_keep",
-    "row_bytes",
     "sizes_of",
     "text_plot",
 ]  # fmt: skip
@@ -57,7 +57,6 @@ TIER_PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8")
 #: how to get what figures need
 INSTALL = "pip install 'medscale[report]'"
 
-_SCALE_BYTES = 4
 #: of a name: its place in the sorted order, and where it ends, int64 each
 _NAME_BYTES = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -77,12 +76,14 @@ class Sizes:
     relation_unit_columns: int
     #: units of the job's tiers: where rows are cut
     tiers: tuple[int, ...]
+    #: whether rows bring norms: those of scorers that are products
+    norms: bool
     #: of the names of all entities and relations
     name_bytes: int
 
     def per_entity(self, dim: int, precision: Precision) -> int:
         """Return the bytes of an entity's row of `dim` units."""
-        return row_bytes({*self.tiers, dim}, dim, self.unit_columns, precision)
+        return bytes_per_entity({*self.tiers, dim}, dim, self.unit_columns, precision, norms=self.norms)
 
     def whole(self, dim: int, precision: Precision) -> int:
         """Return the bytes of a tier of `dim` units: entities, relations, names."""
@@ -107,13 +108,12 @@ class Point:
     bytes: Mapping[str, int]
 
 
-def row_bytes(cuts: Collection[int], dim: int, unit_columns: int, precision: Precision) -> int:
-    """Return the bytes of a row of `dim` units with its scales; rows are cut at those of `cuts` (units) up to `dim`."""
+def bytes_per_entity(cuts: Collection[int], dim: int, unit_columns: int, precision: Precision, *, norms: bool) -> int:
+    """Return the bytes of a row of `dim` units; rows are cut at those of `cuts` (units) up to `dim`."""
     ends = sorted(cut for cut in cuts if cut <= dim)
     assert ends[-1] == dim
     widths = [(end - start) * unit_columns for start, end in itertools.pairwise([0, *ends])]
-    scales = _SCALE_BYTES * len(ends) if precision in ("int8", "int4") else 0
-    return sum(stored_width(precision, width) for width in widths) * stored_dtype(precision).itemsize + scales
+    return row_bytes(widths, precision, norms=norms)
 
 
 def sizes_of(job: Job, graph: Graph) -> Sizes:
@@ -127,6 +127,7 @@ def sizes_of(job: Job, graph: Graph) -> Sizes:
         unit_columns=len(scorer.entity_unit),
         relation_unit_columns=len(scorer.relation_unit),
         tiers=tuple(sorted(set(job.model.tiers.values()))),
+        norms=scorer.geometry == "product",
         name_bytes=sum(_utf8_bytes(each) + _NAME_BYTES * len(each) for each in names),
     )
 
@@ -240,8 +241,8 @@ def _table(name: str, points: Sequence[Point], chosen: Point | None, precision: 
         box=SIMPLE_HEAD,
         caption=(
             f"{queries}, both sides: {PROTOCOL}. share: of the largest sub-model's MRR, measured at float32. Bytes: "
-            "vectors (int8 with a float32 scale per row and cut), relations as float32, names; no Parquet copies, "
-            f"indexes, manifests. B/entity: vectors and scales at {precision}."
+            "vectors (with scales at int8, and norms for products, per row and cut), relations as float32, names; no "
+            f"Parquet copies, indexes, manifests. B/entity: vectors and scales at {precision}."
         ),
     )
     headings = ("", "units", "columns", "MRR", "share", "Hits@10", "B/entity", *TIER_PRECISIONS)
@@ -312,8 +313,7 @@ def _advice(job: Job, asked: Path, arguments: argparse.Namespace, chosen: Point)
         tiers[f"units{chosen.units}"] = chosen.units
     tiers = dict(sorted(tiers.items(), key=lambda item: item[1]))
     command = ["medscale", "export", str(asked), "--tiers", ",".join(f"{n}={units}" for n, units in tiers.items())]
-    if precision != "float32":
-        command += ["--precision", precision]
+    command += ["--precision", precision]
     for option in ("graphs_dir",) if asked.is_dir() else ("runs_dir", "graphs_dir"):
         value = getattr(arguments, option)
         if str(value) != option.removesuffix("_dir"):

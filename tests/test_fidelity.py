@@ -38,7 +38,7 @@ def plain_mrr(run: Run, precision: str, dim: int, triples: np.ndarray) -> float:
     """Return the filtered MRR of `dim` units of decoded rows, one query at a time in float64 (RotatE)."""
     tables = open_tables(run.root / "runs" / "little" / "checkpoints" / "step-000000007")
     entities = tables.entity_columns(0, run.graph.num_entities, 24)
-    rows = coded_rows(entities, precision, (3, 12), 2)[2][:, : 2 * dim].astype(np.float64)  # type: ignore[arg-type]
+    rows = coded_rows(entities, precision, (3, 12), 2)[:, : 2 * dim].astype(np.float64)  # type: ignore[arg-type]
     phases = tables.relations(dim).astype(np.float64)
     relations = np.stack([np.cos(phases), np.sin(phases)], -1).reshape(len(phases), -1)
     known = {tuple(t) for split in ("train", "valid", "test") for t in run.graph.triples(split).tolist()}
@@ -107,7 +107,7 @@ def test_ten_units_at_int8_take_no_more_than_promised(scorer: str, norm: str) ->
 @pytest.mark.parametrize(("scorer", "cuts"), [("transe", (3, 5, 12)), ("complex", (12,)), ("rotate", (5, 12))])
 def test_bytes_are_those_of_the_files(tmp_path: Path, scorer: str, cuts: tuple[int, ...], precision: str) -> None:
     facts = model_facts(scorer)
-    _, _, directory = coded_tier(tmp_path, facts, small_tables(facts, 50, 2), 12, precision, cuts)  # type: ignore[arg-type]
+    _, directory = coded_tier(tmp_path, facts, small_tables(facts, 50, 2), precision, cuts)  # type: ignore[arg-type]
     file = (directory / "entities-00000-of-00001.safetensors").read_bytes()
     header = 8 + int.from_bytes(file[:8], "little")
     assert len(file) - header == 50 * bytes_per_entity(layout(scorer), cuts, precision)  # type: ignore[arg-type]

@@ -79,10 +79,8 @@ def test_scores_are_the_tiers(
     tables = small_tables(facts, NUM_ENTITIES, NUM_RELATIONS)
     for number, (precision, cuts, shard_rows, sharding) in enumerate(CODED):
         place = tmp_path / str(number)
-        tier, coded_facts, directory = coded_tier(
-            place, facts, tables, 12, precision, cuts, shard_rows=shard_rows, sharding=sharding
-        )
-        write_models(coded_facts, directory)
+        tier, directory = coded_tier(place, facts, tables, precision, cuts, shard_rows=shard_rows, sharding=sharding)
+        write_models(tier.facts, directory)
         compare_with_tier(tier, directory)
 
 
@@ -90,10 +88,10 @@ def test_scores_are_the_tiers(
 def test_tables_stay_in_the_tiers_files(tmp_path: Path, precision: Precision) -> None:
     facts = model_facts("complex")
     tables = small_tables(facts, 3000, NUM_RELATIONS)
-    _, coded_facts, directory = coded_tier(tmp_path, facts, tables, 12, precision, (3, 12), shard_rows=2000)
-    models = onnx_models(coded_facts, directory)
+    tier, directory = coded_tier(tmp_path, facts, tables, precision, (3, 12), shard_rows=2000)
+    models = onnx_models(tier.facts, directory)
     assert all(model.ByteSize() < 20_000 for model in models.values())
-    again = onnx_models(coded_facts, directory)
+    again = onnx_models(tier.facts, directory)
     assert {n: m.SerializeToString(deterministic=True) for n, m in models.items()} == {
         n: m.SerializeToString(deterministic=True) for n, m in again.items()
     }
@@ -120,8 +118,8 @@ def test_equal_scores_come_in_order_of_ids(tmp_path: Path) -> None:
     facts = model_facts("distmult")
     tables = small_tables(facts, NUM_ENTITIES, NUM_RELATIONS)
     tables.entities[10:60] = tables.entities[10]
-    _, coded_facts, directory = coded_tier(tmp_path, facts, tables, 12, "float32", (12,), shard_rows=16)
-    write_models(coded_facts, directory)
+    tier, directory = coded_tier(tmp_path, facts, tables, "float32", (12,), shard_rows=16)
+    write_models(tier.facts, directory)
     feeds = {"entity": np.array([5]), "relation": np.array([0]), "asks_head": np.array([False])}
     ids, _ = session(directory, TOP_K_FILE).run(None, {**feeds, "k": np.array([NUM_ENTITIES])})
     assert [i for i in ids[0] if 10 <= i < 60] == list(range(10, 60))
@@ -132,10 +130,9 @@ def test_equal_scores_come_in_order_of_ids(tmp_path: Path) -> None:
 )
 def test_ids_out_of_range_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
     facts = model_facts("transe", reciprocal=True)
-    _, coded_facts, directory = coded_tier(
-        tmp_path, facts, small_tables(facts, NUM_ENTITIES, NUM_RELATIONS), 3, "int8", (3,), shard_rows=32
-    )
-    write_models(coded_facts, directory)
+    tables = small_tables(facts, NUM_ENTITIES, NUM_RELATIONS)
+    tier, directory = coded_tier(tmp_path, facts, tables, "int8", (3,), shard_rows=32)
+    write_models(tier.facts, directory)
     feeds = {"entity": 1, "relation": 1, **wrong}
     with pytest.raises(Exception, match="out of data bounds"):
         session(directory, TOP_K_FILE).run(
@@ -146,9 +143,9 @@ def test_ids_out_of_range_are_refused(tmp_path: Path, wrong: dict[str, int]) -> 
 
 def test_what_cannot_be_a_model_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = model_facts()
-    tier, coded_facts, directory = coded_tier(tmp_path, facts, small_tables(facts, 9, 2), 3, "float32", (3,))
+    tier, directory = coded_tier(tmp_path, facts, small_tables(facts, 9, 2), "float32", (3,))
     with pytest.raises(ExportError, match="layout delta"):
-        onnx_models({**coded_facts, "layout": "delta"}, directory)
+        onnx_models({**tier.facts, "layout": "delta"}, directory)
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setitem(sys.modules, "onnx.helper", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'medscale\[onnx\]'"):

@@ -42,7 +42,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> ToldRun:
         }
         for tier, precision, number, share in [(NASTY, "float32", 16, 1.0), (NASTY, "int8", 8, 0.9875)]
     ]  # fmt: skip
-    (told.directory / "export_report.json").write_text(json.dumps(records))
+    (told.directory / "export_report.json").write_text(json.dumps({"precisions": records}))
     for dim, mrr in ((2, 0.21), (16, 0.32)):
         (told.place / f"direct{dim}").mkdir()
         (told.place / f"direct{dim}" / "evaluation.json").write_text(json.dumps(records_of({dim: mrr})))
@@ -168,7 +168,7 @@ def test_comparisons_that_mislead_are_refused(told: ToldRun, tmp_path: Path) -> 
 
 
 def test_files_of_a_run_that_are_damaged(tmp_path: Path) -> None:
-    for content in ("[{}]", "{", '[{"tier": "a", "precision": "int8", "marked": true, "mrr": "x"}]'):
+    for content in ("[{}]", "{", '{"precisions": [{"tier": "a", "precision": "int8", "marked": true, "mrr": "x"}]}'):
         (tmp_path / "export_report.json").write_text(content)
         with pytest.raises(MedscaleError, match=r"export_report.json is damaged"):
             export_report_of(tmp_path)

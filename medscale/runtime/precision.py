@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PRECISIONS", "Precision", "decode", "encode", "stored_dtype", "stored_width"]
+__all__ = ["PRECISIONS", "Precision", "decode", "encode", "row_bytes", "stored_dtype", "stored_width"]
 
 Precision = Literal["float32", "float16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -30,6 +30,13 @@ def stored_dtype(precision: Precision) -> np.dtype[Any]:
 def stored_width(precision: Precision, columns: int) -> int:
     """Return how many stored numbers the columns of one cut take."""
     return -(-columns // 2) if precision == "int4" else columns
+
+
+def row_bytes(widths: Sequence[int], precision: Precision, *, norms: bool) -> int:
+    """Return the bytes of a row whose cuts have so many columns: numbers, scales, and the norms that products need."""
+    numbers = sum(stored_width(precision, width) for width in widths) * stored_dtype(precision).itemsize
+    scales = len(widths) if precision in _LARGEST else 0
+    return numbers + _DTYPES["float32"].itemsize * (scales + (len(widths) - 1 if norms else 0))
 
 
 def encode(cut_NC: NDArray[np.float32], precision: Precision) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
