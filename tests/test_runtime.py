@@ -23,6 +23,7 @@ from small_tables import (
     plain_score,
     small_tables,
 )
+from tier_writer import Format, Model, write_tiers
 
 from medscale.config import ExportSection
 from medscale.errors import ExportError
@@ -41,8 +42,12 @@ TIERS = {"phone": 3, "pc": 5, "server": 12}
 def phone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of one small exported tier; tests that damage it copy it first."""
     facts = model_facts("complex", damping=(0.5, 0.25), reciprocal=True)
-    directory = tmp_path_factory.mktemp("run") / "export"
-    export(directory, facts, small_tables(facts, 50, 4), TIERS, shard_rows=20)
+    tables, directory = small_tables(facts, 50, 4), tmp_path_factory.mktemp("run") / "export"
+    names = [f"e{i}" for i in range(50)], [f"r{i}" for i in range(4)]
+    model = Model(
+        tables.entities, tables.relation_rows, *names, "complex", damping=facts.damping, reciprocal=True,
+    )  # fmt: skip
+    write_tiers(directory, model, TIERS, Format(shard_rows=20))
     return directory / "phone"
 
 
@@ -258,7 +263,7 @@ def test_rows_are_mapped_not_read(phone: Path) -> None:
     tier = Tier.open(phone)
     maps = Path("/proc/self/maps").read_text()
     assert str(phone.resolve() / "entities-00002-of-00003.safetensors") in maps
-    assert str(phone.resolve() / "names-00000-of-00003.safetensors") in maps
+    assert str(phone.resolve() / "names-00002-of-00003.safetensors") in maps
     assert tier.num_entities == 50
 
 
@@ -349,6 +354,12 @@ def test_missing_extra_cut_and_swapped_files_are_named(copy: Path) -> None:
         ("reciprocal", 1),
         ("reciprocal", False),
         ("precision", "float16"),
+        ("precision", "int8"),
+        ("layout", "delta"),
+        ("sharding", "hash"),
+        ("num_shards", 2),
+        ("cuts", [2, 3]),
+        ("payload", []),
         ("num_entities", 51),
         ("num_entities", 49),
         ("num_entities", 2**62),
@@ -451,21 +462,18 @@ def test_names_that_lead_outside_are_refused_and_never_opened(phone: Path, tmp_p
     manifest = json.loads((tier / MANIFEST).read_text())
     for i, name in enumerate(BAD_NAMES):
         case = Path(shutil.copytree(tier, tmp_path / "inside" / f"case{i}"))
-        files = manifest["files"] | {name: manifest["files"]["names-00000-of-00003.safetensors"]}
+        files = manifest["files"] | {name: manifest["files"]["relations.safetensors"]}
         (case / MANIFEST).write_text(json.dumps(manifest | {"files": files}))
     link = Path(shutil.copytree(tier, tmp_path / "inside" / "case40"))
-    (link / "names-00000-of-00003.safetensors").unlink()
-    (link / "names-00000-of-00003.safetensors").symlink_to(tmp_path / "secret")
+    (link / "relations.safetensors").unlink()
+    (link / "relations.safetensors").symlink_to(tmp_path / "secret")
     linked_manifest = Path(shutil.copytree(tier, tmp_path / "inside" / "case41"))
     (linked_manifest / MANIFEST).rename(tmp_path / "secret.json")
     (linked_manifest / MANIFEST).symlink_to(tmp_path / "secret.json")
     repeated = Path(shutil.copytree(tier, tmp_path / "inside" / "case42"))
     text = (repeated / MANIFEST).read_text()
     (repeated / MANIFEST).write_text(
-        text.replace(
-            '"names-00000-of-00003.safetensors": {',
-            '"names-00000-of-00003.safetensors": 0, "names-00000-of-00003.safetensors": {',
-        )
+        text.replace('"relations.safetensors": {', '"relations.safetensors": 0, "relations.safetensors": {')
     )
     program = f"""
 import sys

@@ -156,7 +156,13 @@ def measure_cascade(export: Path, queries: int, threads: int) -> list[Record]:
     cases: list[tuple[str, dict[str, Any]]] = [
         ("cascade, exact", {}),
         ("cascade", {"exact": False}),
-        ("cascade, 10% then 1%", {"exact": False, "shortlist": [rows // 10, rows // 100]}),
+        *(
+            (
+                f"cascade, {share}% then {share / 10:g}%",
+                {"exact": False, "shortlist": [rows * share // 100, rows * share // 1000]},
+            )
+            for share in (10, 20, 30)
+        ),
     ]
     for what, how in cases:
         try:

@@ -181,12 +181,42 @@ def formats() -> Iterator[str]:
             )
 
 
+def using(name: str = "runtime") -> Iterator[str]:
+    """Yield a row per scorer, tier and precision: top-10 of single queries, by others, and in bulk."""
+    records = [r for r in records_of(name) if "recall" not in r]
+    cases = dict.fromkeys((r["scorer"], r["norm"], r["precision"], r["columns"]) for r in records)
+    for case in cases:
+        mine = [r for r in records if (r["scorer"], r["norm"], r["precision"], r["columns"]) == case]
+        by = {(r["system"], r["what"]): r for r in mine}
+        others = [by.get((system, "top_10")) for system in ("faiss", "usearch")]
+        own, bulk = by["medscale", "top_10"], by["medscale", "bulk"]
+        opened = [by["medscale", f"open, verify {word}"]["seconds"] for word in ("always", "never")]
+        yield " | ".join([
+            f"`{case[0]}` {case[1]}", case[2], str(case[3]), f"{own['p50_ms']:.0f}", f"{own['p99_ms']:.0f}",
+            *(f"{other['p50_ms']:.0f}" if other else "" for other in others), f"{bulk['p50_ms']:.1f}",
+            f"{by['medscale', 'look-ups by name']['lookups_per_s']:,}", f"{1000 * opened[0]:,.0f}",
+            f"{1000 * opened[1]:,.0f}",
+        ])  # fmt: skip
+
+
+def cascading() -> Iterator[str]:
+    """Yield a row per way to ask a chain of tiers."""
+    for r in records_of("runtime"):
+        if "recall" in r:
+            pruned = " > ".join(f"{share:.1%}" for share in r.get("pruned", []))
+            yield (
+                f"{r['what']} | {pruned} | {r['p50_ms']:,.1f} | {r['p99_ms']:,.1f} | {r['speedup']:.1f} "
+                f"| {r['recall']:.3f}"
+            )
+
+
 def section() -> str:
     """Return the section of the README."""
     rates = dict.fromkeys(f"{r['system']} {r['scorer']} {r['learning_rate']}" for r in records_of("peers"))
     peer, step = records_of("peers")[0], json.loads((RESULTS / "training_step.json").read_text())["environment"]
     large = records_of("prepare_scale")[0]
     largest = max((r for r in records_of("precision") if r["system"] == "format"), key=lambda r: r["entities"])
+    tier, chain = records_of("runtime")[0], records_of("runtime")[-1]
     scale, full, pair = (records_of(name)[-1] for name in ("skg_scale", "skg_run", "scaling"))
     sizes = "one, 1 core | 64 | times one | in 3 tables | one, 2 cores | 64 | times one | in 3 tables | 2 cores / 1"
     return "\n".join([
@@ -282,6 +312,21 @@ def section() -> str:
         " hashed), ms of a query for the ten best tails, and how many of them are the true ones.",
         "",
         *table("tier, units | format | MB | s to write | s to open | ms per query | recall@10", formats()),
+        "",
+        f"**Using a tier** (`runtime`): exact top-10 among {tier['rows']:,} rows, {tier['threads']} cores: ms of "
+        "single queries (median, 99th percentile; medians of faiss `IndexFlat` and usearch exact search on the same "
+        "rows), ms per query where 256 share a scan, look-ups by name, ms to open with and without reading every file.",
+        "",
+        *table(
+            "scorer | precision | columns | p50 | p99 | faiss | usearch | in bulk | look-ups/s | open, verified | open",
+            using(),
+        ),
+        "",
+        f"**Cascades** (`runtime`): top-10 of a trained chain, tiers {chain['tier']} of `{chain['scorer']}` on a "
+        f"generated graph of {chain['rows']:,} entities (`jobs/skg.yaml`, trained for two epochs): rows ruled out "
+        "before each larger tier, ms of single queries, times faster than the largest tier alone, recall.",
+        "",
+        *table("asked | ruled out | p50 | p99 | times faster | recall@10", cascading()),
     ])  # fmt: skip
 
 
