@@ -50,14 +50,17 @@ def test_bytes_by_precision(points: list[Point]) -> None:
         columns = 2 * point.units
         cuts = 1 if point.units == 2 else 2  # of the chain phone=2, then this one
         assert point.columns == columns
-        assert point.bytes_per_entity == {"float32": 4 * columns, "float16": 2 * columns, "int8": columns + 4 * cuts}
+        norms = 4 * (cuts - 1)  # ComplEx scores are products
+        assert point.bytes_per_entity == {
+            "float32": 4 * columns + norms, "float16": 2 * columns + norms, "int8": columns + 4 * cuts + norms,
+        }  # fmt: skip
         saved = point.bytes["float32"] - point.bytes["int8"]
         assert saved == 60 * (4 * columns - columns - 4 * cuts)
 
 
 @pytest.mark.parametrize(("unit_columns", "most"), [(1, 16), (2, 28)])
 def test_ten_units_in_int8_are_small(unit_columns: int, most: int) -> None:
-    assert tiers.row_bytes({10}, 10, unit_columns, "int8") <= most
+    assert tiers.bytes_per_entity({10}, 10, unit_columns, "int8", norms=True) <= most
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.5, 2 / 3, 0.9, 0.96, 1.0])
@@ -144,7 +147,8 @@ def test_command(told: ToldRun, capsys: pytest.CaptureFixture[str]) -> None:
     (marked,) = (line for line in shown.splitlines() if line.strip().startswith(">"))
     assert marked.split()[1:3] == ["4", "8"]
     assert "in a job, under model:   tiers: {phone: 2, units4: 4, server: 16}" in shown
-    assert f"medscale export {told.job_path} --tiers phone=2,units4=4,server=16 --runs-dir {told.place}" in shown
+    command = f"medscale export {told.job_path} --tiers phone=2,units4=4,server=16 --precision float32"
+    assert f"{command} --runs-dir {told.place}" in shown
     assert (told.directory / "tiers.png").read_bytes().startswith(PNG)
     by_job = shown
     assert tiers.main([str(told.directory), "--keep", "0.95", *told.options()]) == 0

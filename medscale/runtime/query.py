@@ -17,8 +17,8 @@ from medscale.runtime.scoring import Array, compare
 
 __all__ = ["CHUNK_NUMBERS", "Query"]
 
-#: numbers that one step of a sum works on: half a core's second cache, with the query repeated beside them
-CHUNK_NUMBERS = 1 << 15
+#: numbers that one step of a sum works on: a core's second cache; fewer, and threads wait for each other's turns
+CHUNK_NUMBERS = 1 << 17
 
 #: relative error of one rounding to float32
 _ROUNDING = 2.0**-24
