@@ -15,6 +15,7 @@ from test_trainer import assert_same_end
 from test_workers import in_group
 from toy import toy_job
 
+from medscale import export as export_command
 from medscale import train as train_command
 from medscale.checkpoint import Tables, newest_checkpoint, open_tables
 from medscale.config import Job
@@ -281,6 +282,23 @@ def test_the_command_prepares_trains_evaluates_exports_and_tells_the_lineage(gro
     assert new.vector("n3").shape == old.vector("e007").shape
     trained = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {record["kind"] for record in trained} == {"train"}, "old triples cannot tell how good new rows are"
+
+
+def test_devices_that_have_the_old_tiers_fetch_the_new_rows_alone(grown: Place) -> None:
+    run, shipped = grown.runs / "ring-extended-1", grown.runs / "ring" / "export"
+    where = ["--graphs-dir", str(grown.root / "graphs")]
+    assert export_command.main([str(run), *where, "--onto", str(shipped), "--out", str(run / "joined")]) == 0
+    for name in ("phone", "server"):
+        upgraded, whole = Tier.open(shipped / name).upgrade(run / "joined" / name), Tier.open(run / "export" / name)
+        assert (upgraded.num_entities, upgraded.num_relations) == (whole.num_entities, whole.num_relations) == (95, 5)
+        np.testing.assert_array_equal(upgraded.vectors(np.arange(95)), whole.vectors(np.arange(95)))
+        assert upgraded.top_k("e012", "above", 7)[0] == whole.top_k("e012", "above", 7)[0]
+        assert upgraded.top_k_heads("step1", "e003", 7)[0] == whole.top_k_heads("step1", "e003", 7)[0]
+    assert size_of_rows(run / "joined") < size_of_rows(run / "export") / 10
+
+
+def size_of_rows(export: Path) -> int:
+    return sum(path.stat().st_size for path in export.glob("*/entities-*.safetensors"))
 
 
 def test_the_same_command_goes_on_with_the_same_run(grown: Place, capsys: pytest.CaptureFixture[str]) -> None:
