@@ -6,6 +6,7 @@ Ray is imported when it is first needed; most jobs do without it.
 import contextlib
 import ipaddress
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ def cluster() -> Iterator[None]:
         # What the workers import is what this process imports.
         paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
         ray.init(
-            logging_level="warning", log_to_driver=True, configure_logging=True,
+            address=_address(), logging_level="warning", log_to_driver=True, configure_logging=True,
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
         )  # fmt: skip
     try:
@@ -43,6 +44,22 @@ def cluster() -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _address() -> str:
+    """Return where `ray.init` shall go.
+
+    Ray leaves the address of a cluster that was killed lying about, and would wait minutes for it.
+    """
+    from ray._private.utils import read_ray_address
+
+    if os.environ.get("RAY_ADDRESS"):
+        return "auto"
+    host, _, port = (read_ray_address() or "").rpartition(":")
+    if host:
+        with contextlib.suppress(OSError, ValueError), socket.create_connection((host.strip("[]"), int(port)), 3):
+            return f"{host}:{port}"
+    return "local"
 
 
 def _require_token() -> None:

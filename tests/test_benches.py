@@ -194,6 +194,7 @@ def test_peers(data_dir: Path) -> None:
         assert set(record["mrr_by_dim"]) == ({"640"} if record["system"] == "pykeen" else {"10", "100", "640"})
 
 
+@pytest.mark.slow
 def test_split(tmp_path: Path) -> None:
     records = quick("split", "--rows", "3000", "--directory", str(tmp_path / "work"))
     assert [record["system"] for record in records] == ["full", "delta"]
@@ -202,7 +203,7 @@ def test_split(tmp_path: Path) -> None:
         assert record["mb_per_s"] > 0
     # Twice (10 + 100 + 500) columns, and names; deltas have 500 columns together.
     assert 3000 * 610 * 8 < records[0]["gb"] * 1e9 < 3000 * 610 * 8 * 1.2
-    assert 3000 * 500 * 8 < records[1]["gb"] * 1e9 < 3000 * 500 * 8 * 1.2
+    assert 3000 * 500 * 8 <= records[1]["gb"] * 1e9 < 3000 * 500 * 8 * 1.2
     assert list((tmp_path / "work").iterdir()) == []
 
 

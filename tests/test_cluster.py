@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -179,3 +180,19 @@ ingest(section, name="toy", seed=0, data_root=Path({str(raw)!r}), directory=dire
 assert "ray" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_address_of_a_cluster_that_was_killed_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert cluster_module._address() == "local", "there is none"
+    (tmp_path / "ray").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        assert cluster_module._address() == address
+    assert cluster_module._address() == "local", "nobody listens there any more"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cluster_module._address() == "auto"

@@ -434,4 +434,4 @@ def test_held_out_entities_are_learned_and_the_others_untouched(data_dir: Path, 
     assert untrained < 0.2
     assert learned > 0.7
     assert unchanged > 0.7, "new rows stand where they do not belong"
-    export_run(job, runs_dir=place.runs, graphs_dir=tmp_path / "graphs")
+    export_run(job, run, graphs_dir=tmp_path / "graphs")

@@ -192,7 +192,7 @@ def trained(entities: int, epochs: int, directory: Path) -> Path:
     job = dataclasses.replace(job, name="chain", train=dataclasses.replace(job.train, epochs=epochs))
     graph = prepare(job, data_root=directory, graphs_root=directory)
     train(job, graph, directory / job.name)
-    export_run(job, runs_dir=directory, graphs_dir=directory)
+    export_run(job, directory / job.name, graphs_dir=directory)
     return directory / job.name / "export"
 
 
