@@ -9,6 +9,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are declared: before anything imports triton
 
+if process := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Ray's clusters are found by a file: those of another process are not to be joined. Sockets need a short path.
+    os.environ["RAY_TMPDIR"] = f"/tmp/{process}-{os.getuid()}"
+    Path(os.environ["RAY_TMPDIR"]).mkdir(exist_ok=True)
+
 from toy import write_toy_graph
 
 from medscale.graph.reader import Graph

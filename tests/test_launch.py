@@ -111,6 +111,7 @@ def head(
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> None:
     """As the README has it, and not without the token."""
     job = write_job(folder, 2, evaluators=1)
