@@ -46,15 +46,15 @@ def cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-def _address() -> str:
-    """Return where `ray.init` shall go.
+def _address() -> str | None:
+    """Return where `ray.init` shall go; None: where the environment says.
 
     Ray leaves the address of a cluster that was killed lying about, and would wait minutes for it.
     """
     from ray._private.utils import read_ray_address
 
     if os.environ.get("RAY_ADDRESS"):
-        return "auto"
+        return None
     host, _, port = (read_ray_address() or "").rpartition(":")
     if host:
         with contextlib.suppress(OSError, ValueError), socket.create_connection((host.strip("[]"), int(port)), 3):

@@ -25,9 +25,11 @@ BIN = Path(sys.executable).parent
 TOKEN = "token-of-this-test"
 
 
-def write_job(folder: Path, workers: int, name: str = "ring", **runtime: int) -> Path:
+def write_job(folder: Path, workers: int, name: str = "ring", often: int = 1, **runtime: int) -> Path:
+    """Write a job of 120 steps that tells of its course, and saves, every `often` steps or a few more."""
     job = toy_job(
-        "complex", name, train={"epochs": 10, "validate_every": 5}, optimizer={"kind": "adagrad"},
+        "complex", name, train={"epochs": 10, "validate_every": 5, "log_every": often}, optimizer={"kind": "adagrad"},
+        checkpoint={"every_steps": 3 * often},
         runtime={"workers": workers, "timeout_s": 20, "memory_gib": 4.0, **runtime},
     )  # fmt: skip
     path = folder / f"{name}.yaml"
@@ -103,18 +105,17 @@ def head(
             time.sleep(0.5)
         yield f"http://127.0.0.1:{dashboard}", process.pid
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
+        # The command ends what it started; all killed at once it would wait for them.
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> None:
     """As the README has it, and not without the token."""
-    job = write_job(folder, 2, evaluators=1)
+    job = write_job(folder, 2, often=60, evaluators=1)
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     with head(folder, variables) as (address, _):
         submit = ["ray", "job", "submit", "--address", address, "--", *command(job, folder, "submitted")]

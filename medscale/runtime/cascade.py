@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from medscale.errors import ExportError
 from medscale.runtime.query import Query
 from medscale.runtime.rows import Portion
-from medscale.runtime.scan import PORTION_NUMBERS, in_threads, rank
+from medscale.runtime.scan import PORTION_NUMBERS, best_of, in_threads
 from medscale.runtime.scoring import Side
 from medscale.runtime.tier import Names, Tier, check_k
 
@@ -163,7 +163,7 @@ class Cascade:
                 kept = np.argpartition(scores, len(scores) - size)[len(scores) - size :]
                 ids = np.sort(ids[kept])
             pruned.append(1 - len(ids) / max(number, 1))
-        return *rank(query, self._last.rows, ids, k), tuple(pruned)
+        return *best_of(query, self._last.rows, k, ids), tuple(pruned)
 
     def _bounded(
         self, query: Query, ids: NDArray[np.int64], k: int
@@ -180,13 +180,13 @@ class Cascade:
                 kept = np.flatnonzero(~(highest < lowest))
                 ids, sums = ids[kept], sums[kept]
             pruned.append(1 - len(ids) / max(number, 1))
-        return *rank(query, self._last.rows, ids, k), tuple(pruned[:-1])
+        return *best_of(query, self._last.rows, k, ids), tuple(pruned[:-1])
 
     def _kth(self, query: Query, ids: NDArray[np.int64], highest: NDArray[np.float32], k: int) -> float:
         """Return a score that at least k of the rows reach: the k-th best of those that look best."""
         probes = min(len(ids), max(PROBES, 2 * k))
         likely = np.argpartition(highest, len(highest) - probes)[len(highest) - probes :]
-        return float(rank(query, self._last.rows, np.sort(ids[likely]), k)[1][-1])
+        return float(best_of(query, self._last.rows, k, np.sort(ids[likely]))[1][-1])
 
     def _rest(self, query: Query, ids: NDArray[np.int64], start: int) -> NDArray[np.float32] | float:
         """Return what the columns from `start` on can add to scores at most."""

@@ -329,7 +329,7 @@ class Rows:
             found[here] = dict(shard.norms)[cut][places]
         return found
 
-    def _places(self, ids: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.bool_], NDArray[np.int64]]]:
+    def _places(self, ids: NDArray[np.int64]) -> Iterator[tuple[Shard, slice | NDArray[np.bool_], NDArray[np.int64]]]:
         """Yield (shard, which of the ids it holds, their rows in it)."""
         for section in self.sections:
             facts = section.facts
@@ -337,6 +337,10 @@ class Rows:
             if not inside.any():
                 continue
             numbers, places = section.locate(ids[inside] - facts.first_entity)
+            if (numbers == numbers[0]).all() and inside.all():
+                # Most tables are of one shard, and need no search for who holds what.
+                yield section.shard(int(numbers[0])), slice(None), places
+                return
             for number in np.unique(numbers).tolist():
                 here = inside.copy()
                 here[inside] = numbers == number
