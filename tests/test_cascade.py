@@ -96,6 +96,10 @@ def test_shortlists_trade_recall_for_work(tmp_path: Path) -> None:
     assert recalls == sorted(recalls)
     assert recalls[-1] == 1
     assert cascade.recall(queries, 10) > 0.9
+    for recall in (0.5, 0.9, 1.0):
+        sizes = cascade.shortlist_for(queries, 10, recall)
+        assert recall <= cascade.recall(queries, 10, shortlist=sizes) < recall + 0.25
+    assert all(10 <= size <= NUMBER for size in sizes)
     answers = cascade.top_k(5, "r", 10, exact=False, shortlist=[60, 30])
     assert answers.pruned == (1 - 60 / NUMBER, 1 - 30 / NUMBER)
     scores = cascade._last.score(5, "r", answers.names)  # every score is the largest tier's
@@ -143,6 +147,8 @@ def test_chains_that_are_none_are_refused(tmp_path: Path) -> None:
         cascade.recall([(1, "r", 2)], 3)
     with pytest.raises(ExportError, match="no queries"):
         cascade.recall([], 3)
+    with pytest.raises(ExportError, match="recall is 0; allowed: above 0, up to 1"):
+        cascade.shortlist_for([(1, "r", None)], 3, 0)
 
 
 def test_products_of_format_1_have_no_norms() -> None:

@@ -7,7 +7,7 @@ the rounding of float32. Not exact: each tier passes on its best rows, as many a
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from medscale.errors import ExportError
 from medscale.runtime.query import Query
 from medscale.runtime.rows import Portion
 from medscale.runtime.scan import PORTION_NUMBERS, best_of, in_threads
-from medscale.runtime.scoring import Side
 from medscale.runtime.tier import Names, Tier, check_k
 
 __all__ = ["Cascade", "CascadeAnswers"]
@@ -62,8 +61,8 @@ class Cascade:
     ) -> CascadeAnswers:  # fmt: skip
         """Return the k best tails: those of the largest tier's `top_k`, or with `exact=False` mostly those.
 
-        `shortlist` is for `exact=False`: how many rows each tier but the last passes on; by default a hundredth of
-        all, then a thousandth, and 100 k and 20 k at least.
+        `shortlist` is for `exact=False`: how many rows each tier but the last passes on; by default a tenth of
+        all, then a hundredth, and 100 k and 20 k at least; `shortlist_for` finds better ones.
 
         Raises:
             ExportError: as `Tier.top_k`; or the tiers are not such that bounds hold (`exact`): of several precisions,
@@ -97,19 +96,56 @@ class Cascade:
 
         """
         found = asked = 0
-        for head, relation, tail in queries:
-            if (head is None) == (tail is None):
-                raise ExportError(f"a query has a head or a tail, got {head!r} and {tail!r}")
-            side: Side = "tail" if tail is None else "head"
-            known = head if tail is None else tail
-            assert known is not None
-            query = self._last.query(known, relation, side)
+        for query in self._queries(queries):
             best = self._last.best(query, k)[0]
             mine = self.best(query, k, exact=False, shortlist=shortlist)[0]
             found, asked = found + len(np.intersect1d(best, mine)), asked + len(best)
-        if not asked:
-            raise ExportError("there are no queries to measure recall on")
         return found / asked
+
+    def shortlist_for(
+        self, queries: Iterable[tuple[str | int | None, str | int, str | int | None]], k: int, recall: float = 0.95
+    ) -> list[int]:
+        """Return the `shortlist` that reads the fewest numbers of those that reach a recall on sample queries.
+
+        Queries are as in `recall`, which tells on other ones what the shortlist is worth.
+
+        Raises:
+            ExportError: as `recall`, or the recall asked for is not above 0 and at most 1.
+
+        """
+        check_k(k)
+        if not 0 < recall <= 1:
+            raise ExportError(f"recall is {recall!r:.80}; allowed: above 0, up to 1")
+        places_PS = np.concatenate([self._places(query, k) for query in self._queries(queries)])
+        steps = places_PS.shape[1]
+        levels = np.linspace(0, 1, max(3, min(64, int(30_000 ** (1 / steps)))))
+        sizes = [np.unique(np.quantile(places_P, levels, method="higher")).tolist() for places_P in places_PS.T]
+        columns = [tier.columns for tier in self._tiers[1:]]
+        for choice in sorted(itertools.product(*sizes), key=lambda choice: float(np.dot(choice, columns))):
+            if (places_PS <= choice).all(axis=1).mean() >= recall:
+                return [max(size, k) for size in choice]
+        raise AssertionError("the last places of all are among the sizes")
+
+    def _places(self, query: Query, k: int) -> NDArray[np.int64]:
+        """Return the place of each of the k best among all rows by each tier but the last: int64 [k, steps], from 1."""
+        best, everyone, found = self._last.best(query, k)[0], self._all_ids, []
+        for tier in self._tiers[:-1]:
+            scores = query.of_sums(self._sums(tier, query, everyone, 0, tier.columns))
+            found.append(len(scores) + 1 - np.searchsorted(np.sort(scores), scores[best], side="right"))
+        return np.stack(found, axis=1)
+
+    def _queries(self, queries: Iterable[tuple[str | int | None, str | int, str | int | None]]) -> Iterator[Query]:
+        """Yield what is asked for; refuse what is no query, or none at all."""
+        queries = list(queries)
+        if not queries:
+            raise ExportError("there are no queries to measure recall on")
+        for head, relation, tail in queries:
+            if (head is None) == (tail is None):
+                raise ExportError(f"a query has a head or a tail, got {head!r} and {tail!r}")
+            if head is not None:
+                yield self._last.query(head, relation, "tail")
+            elif tail is not None:
+                yield self._last.query(tail, relation, "head")
 
     def best(
         self, query: Query, k: int, *, exact: bool = True, shortlist: Sequence[int] | None = None,
@@ -123,7 +159,7 @@ class Cascade:
         """
         check_k(k)
         last = self._last
-        ids = np.arange(last.num_entities) if candidates is None else last.candidate_ids(candidates)
+        ids = self._all_ids if candidates is None else last.candidate_ids(candidates)
         if exclude is not None:
             ids = ids[np.isin(ids, np.unique(last.ids(exclude)), assume_unique=True, invert=True)]
         if not exact:
@@ -146,7 +182,7 @@ class Cascade:
         steps = len(self._tiers) - 1
         if shortlist is None:
             all_rows = self._last.num_entities
-            return [max(20 * k * 5 ** (step == 0), all_rows // 100 // 10**step) for step in range(steps)]
+            return [max(20 * k * 5 ** (step == 0), all_rows // 10 // 10**step) for step in range(steps)]
         if len(shortlist) != steps or not all(type(size) is int and size > 0 for size in shortlist):
             raise ExportError(
                 f"shortlist is {shortlist!r:.80}; give {steps} numbers of rows, one per tier but the last"
@@ -159,9 +195,7 @@ class Cascade:
         number, pruned = len(ids), []
         for tier, size in zip(self._tiers, sizes, strict=False):
             if len(ids) > size:
-                scores = query.of_sums(self._sums(tier, query, ids, 0, tier.columns))
-                kept = np.argpartition(scores, len(scores) - size)[len(scores) - size :]
-                ids = np.sort(ids[kept])
+                ids = ids[_highest(query.of_sums(self._sums(tier, query, ids, 0, tier.columns)), size)]
             pruned.append(1 - len(ids) / max(number, 1))
         return *best_of(query, self._last.rows, k, ids), tuple(pruned)
 
@@ -185,8 +219,7 @@ class Cascade:
     def _kth(self, query: Query, ids: NDArray[np.int64], highest: NDArray[np.float32], k: int) -> float:
         """Return a score that at least k of the rows reach: the k-th best of those that look best."""
         probes = min(len(ids), max(PROBES, 2 * k))
-        likely = np.argpartition(highest, len(highest) - probes)[len(highest) - probes :]
-        return float(best_of(query, self._last.rows, k, np.sort(ids[likely]))[1][-1])
+        return float(best_of(query, self._last.rows, k, ids[_highest(highest, probes)])[1][-1])
 
     def _rest(self, query: Query, ids: NDArray[np.int64], start: int) -> NDArray[np.float32] | float:
         """Return what the columns from `start` on can add to scores at most."""
@@ -223,6 +256,10 @@ class Cascade:
         in_threads(pick, [slice(i, i + step) for i in range(0, len(ids), step)], tier.threads)
         return found
 
+    @cached_property
+    def _all_ids(self) -> NDArray[np.int64]:
+        return np.arange(self._last.num_entities)
+
     @property
     def _cut_columns(self) -> list[int]:
         facts = self._last.checked_facts
@@ -258,6 +295,18 @@ class Cascade:
         facts = self._last.checked_facts
         if facts.scorer.geometry == "product" and facts.format == 1:
             raise ExportError(f"{facts.source} is of format 1, without norms: export it again, or use exact=False")
+
+
+def _highest(scores: NDArray[np.float32], number: int) -> NDArray[np.int64]:
+    """Return the places of the so many highest scores, rising; of equal ones the first."""
+    # Where float32 overflowed to NaN, the next tier shall decide.
+    known = np.nan_to_num(scores, nan=np.inf) if np.isnan(scores.max()) else scores
+    last = np.partition(known, len(known) - number)[len(known) - number]
+    kept = np.flatnonzero(known >= last)
+    if len(kept) > number:
+        surplus = np.flatnonzero(known[kept] == last)[number - len(kept) :]
+        kept = np.delete(kept, surplus)
+    return kept
 
 
 def _check_pair(smaller: Tier, larger: Tier) -> None:

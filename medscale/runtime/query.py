@@ -5,6 +5,7 @@ all of it, row by row in float64, rounded to float32 at the end. Scores do not d
 read: whoever seeks the best sums in float32, takes in all that may be among the best by `lowest`, and scores those.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,8 +18,8 @@ from medscale.runtime.scoring import Array, compare
 
 __all__ = ["CHUNK_NUMBERS", "Query"]
 
-#: numbers that one step of a sum works on: a core's second cache; fewer, and threads wait for each other's turns
-CHUNK_NUMBERS = 1 << 17
+#: numbers that one step of a sum works on: a megabyte; fewer, and threads wait for each other's turns
+CHUNK_NUMBERS = 1 << 18
 
 #: relative error of one rounding to float32
 _ROUNDING = 2.0**-24
@@ -26,6 +27,22 @@ _ROUNDING = 2.0**-24
 _EXTRA_ROUNDINGS = 16
 #: per column: what is lost where squares or products are too small for float32
 _UNDERFLOW = 1e-18
+
+
+class _Scratch(threading.local):
+    """Memory that a thread keeps: a new chunk for each portion would cost as much as the sums, in page faults."""
+
+    def __init__(self) -> None:
+        self._numbers = np.empty(CHUNK_NUMBERS, np.float32)
+
+    def rows(self, number: int, columns: int) -> NDArray[np.float32]:
+        """Return float32 [number, columns], until the next call."""
+        if number * columns > len(self._numbers):  # one row that is longer than a chunk
+            self._numbers = np.empty(number * columns, np.float32)
+        return self._numbers[: number * columns].reshape(number, columns)
+
+
+_scratch = _Scratch()
 
 
 @dataclass(frozen=True)
@@ -157,7 +174,7 @@ def _summing(query: Query) -> Callable[[NDArray[np.float32]], NDArray[np.float32
     factor_SC = None if query.factor is None else np.tile(query.factor.astype(np.float32), (step, 1))
 
     def sums(rows_NC: NDArray[np.float32]) -> NDArray[np.float32]:
-        found_N, chunk_SC = np.empty(len(rows_NC), np.float32), np.empty((step, columns), np.float32)
+        found_N, chunk_SC = np.empty(len(rows_NC), np.float32), _scratch.rows(step, columns)
         for start in range(0, len(rows_NC), step):
             part_NC = rows_NC[start : start + step]
             number = len(part_NC)

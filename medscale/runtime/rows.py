@@ -106,9 +106,10 @@ class Portion:
     rows: slice
 
     @property
-    def ids(self) -> NDArray[np.int64]:
-        """int64[rows]."""
-        return self.shard.ids_of(np.arange(self.rows.start, self.rows.stop))
+    def ids(self) -> slice | NDArray[np.int64]:
+        """The rows' ids: int64[rows], or a slice where they follow one another."""
+        shard, rows = self.shard, self.rows
+        return slice(shard.first + rows.start, shard.first + rows.stop) if shard.ids is None else shard.ids[rows]
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ The answer is that of scoring every row in float64 and sorting by (score, id), w
 layout, or the order of summation: `Query.lowest` keeps every row on the shortlist that could be among the best.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -56,9 +57,24 @@ def in_threads(work: Callable[[Iterable[Item]], object], portions: Sequence[Item
     if threads < 2 or len(portions) < 2:
         work(portions)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, mine()) for _ in range(threads)]:
-            done.result()
+    others = [_pool(threads - 1).submit(work, mine()) for _ in range(threads - 1)]
+    try:
+        work(mine())
+    finally:
+        wait(others)
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return threads that last: to start some for each question would cost as much as a small tier's answer."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="medscale-scan")
+
+
+if hasattr(os, "register_at_fork"):
+    # A child process has none of its parent's threads.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @dataclass
@@ -153,11 +169,12 @@ def best(
 def best_of(query: Query, rows: Rows, k: int, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return (ids, scores) of the k best of the rows named, best first, equal scores by id."""
     scores, squares = np.empty(len(ids), np.float32), 0.0
-    step = max(1, PORTION_NUMBERS // rows.columns)
+    step = max(1, PORTION_NUMBERS // 4 // rows.columns)
     for start in range(0, len(ids), step):
         part_NC = rows.vectors(ids[start : start + step])
         scores[start : start + step] = query.approximate([(0, part_NC)], len(part_NC))
-        squares = max(squares, float(np.einsum("nc,nc->n", part_NC, part_NC).max(initial=0)))
+        if not query.is_distance:
+            squares = max(squares, float(np.einsum("nc,nc->n", part_NC, part_NC).max(initial=0)))
     shortlist = Shortlist(query, k, _length(squares, rows.columns))
     shortlist.offer(scores, ids.__getitem__)
     return rank(query, rows, shortlist.ids, k)

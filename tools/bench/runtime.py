@@ -1,20 +1,24 @@
 """What using a tier costs: opening, look-ups, top-10 among a million rows, answers in bulk, and cascades.
 
-usage: python tools/bench/runtime.py [--rows N] [--export DIR] [--queries N] [--quick] [--json]
+usage: python tools/bench/runtime.py [--rows N] [--run RUN] [--queries N] [--quick] [--json]
 
 Open, look-ups and top-10 are of random tiers (numbers do not change what a scan costs) of 10 and 100 columns, at
 float32 and int8, against exact search by faiss (`IndexFlat`) and usearch (`search(..., exact=True)`) on the same rows,
 threads and k, where they are installed and know the metric. A record of `top_10` has the median and the 99th
-percentile of single queries; one of `bulk` 256 queries that share a scan. Cascades are measured on a trained chain,
-`--export`, or else one that jobs/skg.yaml trains on a generated graph of about `--entities` entities for `--epochs`
-epochs: random rows have nothing that their first columns could tell of the others. `recall` is the share of the ten
-best of the largest tier that the cascade finds, `speedup` the median time of that tier's own top-10 over the cascade's
-(of `bulk`: over that of single queries). Each measurement has as many cores as threads.
+percentile of single queries; one of `bulk` 256 queries that share a scan. Cascades are measured on the tiers of a run,
+`--run`, or else of one that jobs/skg.yaml trains on a generated graph of about `--entities` entities for `--epochs`
+epochs: random rows have nothing that their first columns could tell of the others. They are asked for the tails of
+heads and relations of validation triples; some are sized (`Cascade.shortlist_for`) on others of these. `recall` is the
+share of the ten best of the largest tier that the cascade finds, `speedup` the median time of that tier's own top-10
+over the cascade's (of `bulk`: over that of single queries), `mrr` that of the run's own evaluation by tier, on as many
+test triples as its job says. Each measurement has as many cores as threads.
 """
 
 import dataclasses
 import importlib
 import importlib.util
+import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +29,11 @@ from typing import Any
 import numpy as np
 from measure import in_own_process
 from records import Record, options, parse, publish
+from skg_scale import job_of
 
 from medscale.errors import MedscaleError
+from medscale.graph.reader import open_graph
+from medscale.jobfile import dump_job, load_job
 from medscale.logs import log
 from medscale.runtime import Cascade, Tier
 from medscale.runtime import precision as coded
@@ -38,6 +45,8 @@ SCORERS = (("distmult", "l1"), ("transe", "l1"), ("transe", "l2"), ("rotate", "l
 TIERS = {"phone": 10, "pc": 100}
 BULK = 256
 LOOKUPS = 20_000
+#: queries that cascades are sized on, apart from those measured
+SAMPLES = 200
 
 
 def write_random_tiers(directory: Path, scorer: str, norm: str, precision: str, rows: int) -> None:
@@ -133,19 +142,22 @@ def measure_peers(tier: Tier, scorer: str, norm: str, queries: int, threads: int
     return records
 
 
-def measure_cascade(export: Path, queries: int, threads: int) -> list[Record]:
-    """Measure cascades of a trained chain of tiers, and the largest tier alone."""
-    facts = Tier.open(next(path for path in sorted(export.iterdir()) if path.is_dir())).facts
-    chain = [Tier.open(export / name, threads=threads) for name in facts["tiers"]]
+def measure_cascade(run: Path, graphs: Path, queries: int, threads: int) -> list[Record]:
+    """Measure cascades of a run's tiers, and the largest tier alone."""
+    job = load_job(run / "job.yaml")
+    chain = [Tier.open(run / "export" / name, threads=threads) for name in job.model.tiers]
     largest, cascade = chain[-1], Cascade(chain)
-    draw = np.random.default_rng(2)
-    asked = [(int(e), int(r)) for e, r in zip(
-        draw.integers(0, largest.num_entities, queries), draw.integers(0, largest.num_relations, queries), strict=True
-    )]  # fmt: skip
+    triples = open_graph(graphs / job.graph_name).triples("valid")
+    number = queries + SAMPLES
+    drawn = np.random.default_rng(2).choice(triples, number, replace=len(triples) < number).tolist()
+    asked = [(head, relation) for head, relation, _ in drawn[:queries]]
+    samples = [(head, relation, None) for head, relation, _ in drawn[queries:]]
+    evaluated = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    mrr = {r["dim"]: round(r["mrr"], 4) for r in evaluated if (r["protocol"], r["side"]) == ("field", "both")}
     common = {
-        "scorer": largest.scorer, "norm": facts["norm"], "precision": largest.checked_facts.precision,
+        "scorer": largest.scorer, "norm": largest.facts["norm"], "precision": largest.checked_facts.precision,
         "tier": " > ".join(tier.name for tier in chain), "threads": threads, "rows": largest.num_entities,
-        "columns": largest.columns,
+        "columns": largest.columns, "mrr": {tier.name: mrr[tier.facts["dim"]] for tier in chain},
     }  # fmt: skip
     plain = percentiles(lambda i: largest.top_k(*asked[i], K), queries)
     records: list[Record] = [
@@ -153,15 +165,14 @@ def measure_cascade(export: Path, queries: int, threads: int) -> list[Record]:
     ]
     best = [set(largest.top_k(*one, K)[0]) for one in asked]
     rows = largest.num_entities
+    shares = ((rows * share // 100, rows * share // 1000) for share in (1, 5, 20))
     cases: list[tuple[str, dict[str, Any]]] = [
         ("cascade, exact", {}),
         ("cascade", {"exact": False}),
+        *(("cascade", {"exact": False, "shortlist": sizes}) for sizes in shares),
         *(
-            (
-                f"cascade, {share}% then {share / 10:g}%",
-                {"exact": False, "shortlist": [rows * share // 100, rows * share // 1000]},
-            )
-            for share in (10, 20, 30)
+            (f"cascade, sized for recall {r}", {"exact": False, "shortlist": cascade.shortlist_for(samples, K, r)})
+            for r in (0.95, 0.97, 0.99)
         ),
     ]
     for what, how in cases:
@@ -181,19 +192,14 @@ def measure_cascade(export: Path, queries: int, threads: int) -> list[Record]:
 
 
 def trained(entities: int, epochs: int, directory: Path) -> Path:
-    """Train jobs/skg.yaml on a graph of about as many entities, and return the export."""
-    from skg_scale import job_of
-
-    from medscale.export import export_run
-    from medscale.prepare import prepare
-    from medscale.train import train
-
+    """Train jobs/skg.yaml on a graph of about as many entities, under `directory`, and return the run."""
     job = job_of(entities, None)
-    job = dataclasses.replace(job, name="chain", train=dataclasses.replace(job.train, epochs=epochs))
-    graph = prepare(job, data_root=directory, graphs_root=directory)
-    train(job, graph, directory / job.name)
-    export_run(job, directory / job.name, graphs_dir=directory)
-    return directory / job.name / "export"
+    training = dataclasses.replace(job.train, epochs=epochs, validate_every=epochs)
+    path = directory / "chain.yaml"
+    path.write_text(dump_job(dataclasses.replace(job, name="chain", train=training)), encoding="utf-8")
+    command = [sys.executable, "-m", "medscale.train", str(path), "--runs-dir", str(directory)]
+    subprocess.run([*command, "--graphs-dir", str(directory)], check=True, stdout=sys.stderr)
+    return directory / "chain"
 
 
 def measured(rows: int, precisions: Sequence[str], queries: int, threads: int) -> list[Record]:
@@ -216,17 +222,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help="rows of random tiers")
     parser.add_argument("--queries", type=int, default=50, metavar="N", help="queries timed one by one")
     parser.add_argument("--precisions", nargs="+", choices=coded.PRECISIONS, default=["float32", "int8"])
-    parser.add_argument("--export", type=Path, metavar="DIR", help="a trained chain of tiers, such as runs/NAME/export")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="a run whose tiers are the chain, such as runs/NAME")
+    parser.add_argument("--graphs-dir", type=Path, default="graphs", metavar="DIR", help="holds that run's graph")
     parser.add_argument("--entities", type=int, default=300_000, metavar="N", help="of the graph to train on else")
-    parser.add_argument("--epochs", type=int, default=2, metavar="N")
+    parser.add_argument("--epochs", type=int, default=8, metavar="N")
     arguments = parse(parser, rows=20_000, queries=5, entities=3_000, epochs=1, precisions=["float32"])
     records = []
     for threads in arguments.threads:
         records += measured(arguments.rows, arguments.precisions, arguments.queries, threads)
     with tempfile.TemporaryDirectory() as directory:
-        export = arguments.export or trained(arguments.entities, arguments.epochs, Path(directory))
+        run, graphs = arguments.run, arguments.graphs_dir
+        if run is None:
+            run, graphs = trained(arguments.entities, arguments.epochs, Path(directory)), Path(directory)
         for threads in arguments.threads:
-            records += in_own_process(threads, measure_cascade, export, arguments.queries, threads)
+            records += in_own_process(threads, measure_cascade, run, graphs, arguments.queries, threads)
     publish(arguments, records, ("faiss-cpu", "usearch"))
 
 
