@@ -1,15 +1,17 @@
 """One shard of an export: its rows are read once, coded cut by cut, and written to the files of every tier.
 
-A few rows are in memory at a time, so shards may be written side by side, by threads or by tasks of Ray; a shard's
-bytes depend on nothing but the shard. `runtime/FORMAT.md` says what they are.
+A few rows are in memory at a time, so shards may be written side by side, by threads or by tasks of Ray, and so may the
+files of one; a shard's bytes depend on nothing but the shard. `runtime/FORMAT.md` says what they are.
 """
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,8 @@ __all__ = [
     "Entities", "Form", "Shard", "TableSource", "TierForm", "WrittenShard", "check_finite", "hash_shard", "norms_up",
     "payload_of", "write_shard",
 ]  # fmt: skip
+
+Result = TypeVar("Result")
 
 Array = NDArray[Any]
 #: ids of entities that rise
@@ -79,6 +83,8 @@ class Form:
     num_shards: int
     #: rows have their ids beside them
     has_ids: bool
+    #: threads that write a shard's files, beside the one that reads its rows; 0: that one does all
+    writers: int = 0
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -179,17 +185,17 @@ def write_shard(work: tuple[Form, Shard], advance: Advance) -> WrittenShard:
     margins = _Margins(form, len(shard.entities))
     files = [_TierFiles(form, tier, shard, margins.of(tier)) for tier in form.tiers]
     digests = [hashlib.sha256() for _ in form.ends]
-    for start, entities in _portions(form, shard.entities):
-        rows = form.rows(entities)
-        cuts = list(_cuts(form, rows, entities))
-        margins.keep(start, cuts)
-        names = shard.names.slice(start, len(entities))
-        for digest, cut in zip(digests, cuts, strict=True):
-            digest.update(octets(cut.stored))
-        for file in files:
-            file.append(entities, names, rows, cuts)
-        advance(len(entities))
-    return WrittenShard(tuple(file.close(margins) for file in files), _with_scales(digests, margins))
+    with _Writers(form.writers) as writers:
+        for start, entities in _portions(form, shard.entities):
+            rows = form.rows(entities)
+            cuts = list(_cuts(form, rows, entities))
+            margins.keep(start, cuts)
+            names = shard.names.slice(start, len(entities))
+            appends = [append for file in files for append in file.appends(entities, names, rows, cuts)]
+            writers.run([*appends, functools.partial(_digest, digests, cuts)])
+            advance(len(entities))
+        hashes = writers.results([functools.partial(file.close, margins) for file in files])
+    return WrittenShard(tuple(hashes), _with_scales(digests, margins))
 
 
 def hash_shard(work: tuple[Form, Entities], advance: Advance) -> tuple[bytes, ...]:
@@ -204,10 +210,45 @@ def hash_shard(work: tuple[Form, Entities], advance: Advance) -> tuple[bytes, ..
     for start, entities in _portions(form, all_entities):
         cuts = list(_cuts(form, form.rows(entities), entities))
         margins.keep(start, cuts)
-        for digest, cut in zip(digests, cuts, strict=True):
-            digest.update(octets(cut.stored))
+        _digest(digests, cuts)
         advance(len(entities))
     return _with_scales(digests, margins)
+
+
+class _Writers:
+    """Threads that append some rows to all files while the next rows are read."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads) if threads else None
+        self._running: list[Future[object]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(self, works: Sequence[Callable[[], object]]) -> None:
+        """Do these works at some time, after those of the call before."""
+        for future in self._running:
+            future.result()
+        self._running = []
+        for work in works:
+            if self._pool is None:
+                work()
+            else:
+                self._running.append(self._pool.submit(work))
+
+    def results(self, works: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Return what these works return, once all before them are done."""
+        self.run([])
+        return [work() for work in works] if self._pool is None else list(self._pool.map(lambda work: work(), works))
+
+
+def _digest(digests: "Sequence[hashlib._Hash]", cuts: Sequence[_Cut]) -> None:
+    for digest, cut in zip(digests, cuts, strict=True):
+        digest.update(octets(cut.stored))
 
 
 def _with_scales(digests: "Sequence[hashlib._Hash]", margins: _Margins) -> tuple[bytes, ...]:
@@ -299,20 +340,23 @@ class _TierFiles:
             name = shard_names_name(*place)
             self.hashes[name] = write_tensors(tier.directory / name, tensors)
 
-    def append(self, entities: Entities, names: pa.Array, whole: NDArray[np.float32], all_cuts: Sequence[_Cut]) -> None:
-        """Append some rows, given whole and by cuts."""
+    def appends(
+        self, entities: Entities, names: pa.Array, whole: NDArray[np.float32], all_cuts: Sequence[_Cut]
+    ) -> Iterator[Callable[[], object]]:
+        """Yield what appends some rows, given whole and by cuts, to each of the files."""
         cuts = all_cuts[self.tier.first_cut : self.tier.last_cut]
         if self.form.precision == "float32":
             spans = self.form.spans[self.tier.first_cut : self.tier.last_cut]
             stored = values = np.ascontiguousarray(whole[:, spans[0][0] : spans[-1][1]])
         else:
             stored = values = _joined([cut.stored for cut in cuts])
-        self.rows.append(stored)
+        yield functools.partial(self.rows.append, stored)
         if self.parquet is not None:
             if self.form.has_scales:
                 values = _joined([cut.decoded for cut in cuts if cut.decoded is not None])
             ids = pa.array(np.asarray(entities, np.int64))
-            self.parquet.append({"id": ids, "name": names, "vector": fixed_size_list(values)})
+            columns = {"id": ids, "name": names, "vector": fixed_size_list(values)}
+            yield functools.partial(self.parquet.append, columns)
 
     def close(self, margins: _Margins) -> Mapping[str, str]:
         """Finish the files and return the SHA-256 of each by name."""

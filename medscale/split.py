@@ -51,6 +51,8 @@ __all__ = [
 CHUNK_BYTES = 8 << 20
 #: threads hold a chunk each, some times over
 MOST_THREADS = 16
+#: threads that write the files of a shard, where there are cores for more than one
+WRITERS = 2
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -227,6 +229,8 @@ class _Export:
             tiers=tuple(tiers),
             num_shards=num_shards,
             has_ids=self.section.sharding == "hash",
+            # Tasks count on a core each.
+            writers=WRITERS if self.threads > 1 and self.section.tasks == 1 else 0,
         )
 
     def shard(self, number: int, entities: Entities) -> Shard:
@@ -259,16 +263,18 @@ class _Export:
         for tier in form.tiers:
             tier.directory.mkdir()
         work = [(form, self.shard(number, entities)) for number, entities in enumerate(shards)]
-        written = self._run(write_shard, work, draft)
+        written = self._run(write_shard, work, draft, max(1, self.threads // WRITERS))
         payload = payload_of([shard.cuts for shard in written])
         return tuple(
             self._finish(name, form.tiers[place], payload, written, place, hashes, extras)
             for place, name in enumerate(self.tiers)
         )
 
-    def _run(self, function: Callable[[Item, Advance], Result], items: Sequence[Item], draft: Path) -> list[Result]:
+    def _run(
+        self, function: Callable[[Item, Advance], Result], items: Sequence[Item], draft: Path, threads: int
+    ) -> list[Result]:
         if self.section.tasks == 1:
-            return _in_threads(function, items, self.advance, self.threads)
+            return _in_threads(function, items, self.advance, threads)
         with tasks_of(self.section.tasks, draft) as tasks:
             return tasks.run(function, items, self.advance)
 
@@ -413,7 +419,7 @@ class _Export:
         shards = self.shards_of(0, number, hashes)
         self._check_names(base / smallest["tier"], shards)
         form = self.form(draft, len(shards))
-        payload = payload_of(self._run(hash_shard, [(form, entities) for entities in shards], draft))
+        payload = payload_of(self._run(hash_shard, [(form, entities) for entities in shards], draft, self.threads))
         for name, facts in manifests.items():
             if facts["payload"] != payload[: len(facts["payload"])]:
                 raise ExportError(

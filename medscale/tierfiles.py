@@ -37,12 +37,18 @@ class HashedFile:
         # A task that is run again replaces what it left.
         self._file = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
+        self._written = self._started = 0
 
     def write(self, data: Any) -> int:
         """Append bytes, or whatever lets itself be seen as bytes."""
         view = memoryview(data)
         self._digest.update(view)
         _write_all(self._file.fileno(), view)
+        self._written += len(view)
+        if self._written - self._started >= EARLY_BYTES and hasattr(os, "posix_fadvise"):
+            # Pages that are "not needed" begin their way to the disk, and nobody waits for them.
+            os.posix_fadvise(self._file.fileno(), self._started, self._written - self._started, os.POSIX_FADV_DONTNEED)
+            self._started = self._written
         return len(view)
 
     def flush(self) -> None:

@@ -6,7 +6,7 @@ The job is jobs/skg.yaml: TransE, tiers of 10, 100 and 500 units. The checkpoint
 being random numbers that repeat after a while, so that saving needs no 14 GB of memory; the graph has the names of its
 entities, and no triples. Each export is `export_run` as the verb calls it, in a process of its own, from opening the
 checkpoint to the published link. `verify_s` is what hashing the checkpoint takes before anything is read, `seconds` is
-all the rest, reading the graph's names and making all files durable included; `mb_per_s` is bytes written over that.
+all the rest, reading the graph's names and making all files durable included, loading libraries not; `mb_per_s` is bytes written over that.
 `peak_mib` is the process's most memory, libraries included, and `memory_mib` what it held before. `disk_mb_per_s` is
 what the same disk takes of plain bytes, as fast as they can be made, 32 MiB at a time, made durable at the end. The
 directory (default: a temporary one) needs room for 49 GB with the largest table, and is empty again afterwards.
@@ -110,6 +110,7 @@ def exported(job: Job, directory: Path) -> Record:
         return tables
 
     export.open_tables = timed
+    pa.array(np.zeros(1))  # here pyarrow loads pandas, where it is installed
     reset_peak()
     before, start = resident_mib(), time.perf_counter()
     written = export.export_run(job, directory / "runs" / job.name, graphs_dir=directory / "graphs")
