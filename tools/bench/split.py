@@ -168,9 +168,7 @@ def main() -> None:
     """Measure what the options ask for."""
     parser = options(__doc__ or "", threads=[2])
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, metavar="N")
-    parser.add_argument(
-        "--forms", nargs="+", choices=FORMS, help="default: of 70,000 and 7,000,000 rows some, else all"
-    )
+    parser.add_argument("--forms", nargs="+", choices=FORMS, help="default: all, some of 70,000 and 7,000,000 rows")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where all is written")
     arguments = parse(parser, rows=[20_000], forms=["full", "delta"])
     with tempfile.TemporaryDirectory() as temporary:
