@@ -1,7 +1,8 @@
 """Bytes that a worker holds, counted tensor by tensor; of several workers, the one that holds most.
 
-Worker w holds E_w rows of T_w blocks with C_w columns; it looks up U of at most E entities per step, of C columns,
-and trains on b of the batch's positives or queries. Numbers are float32 (4 bytes), ids int64 (8 bytes).
+Worker w holds E_w rows of T_w blocks with C_w columns; it looks up U of E entities per step, of C columns: as many as
+its draws are expected to meet if all entities are alike (fewer where they are not). It trains on b of the batch's
+positives or queries. Numbers are float32 (4 bytes), ids int64 (8 bytes).
 
     entity tables               4 E_w C_w
     optimizer state             4 E_w T_w (rowwise_adagrad), 4 E_w C_w (adagrad), 8 E_w C_w (adam)
@@ -19,6 +20,7 @@ widest block, f the share that is cached, with 16 bytes for each, and 4 E_w T_w 
 ssd the tables lie on the disk, the state on the GPU. Assumed, not measured: 2 GiB for CUDA and NCCL themselves.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +73,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class StepSize:
-    """What a worker's step touches, at most."""
+    """What a worker's step touches."""
 
     #: distinct rows looked up
     rows: int
@@ -155,18 +157,25 @@ def step_size(job: Job, layout: Layout) -> StepSize:
         number = negatives.chunk_size if negatives.kind == "in_batch" else negatives.number
         pairs = batch_size * number
         candidates = pairs // size
-        rows = min(layout.num_entities, 2 * batch_size + candidates)
+        rows = _distinct(2 * batch_size + candidates, layout.num_entities)
         gathered = 8 * batch_size + (0 if fused else 2 * candidates)
         kept = 4 * len(layout.dims) * batch_size if fused else 6 * len(layout.dims) * pairs + 8 * SLICE_NUMBERS
         return StepSize(rows, pairs, FLOAT * ((3 * rows + gathered) * columns + kept))
     own = 3 * train.batch_size
-    candidates = layout.num_entities if negatives.kind == "all" else min(layout.num_entities, own + negatives.number)
+    candidates = layout.num_entities
+    if negatives.kind != "all":
+        candidates = _distinct(own + negatives.number, layout.num_entities)
     scored = min(len(layout.dims), job.med.sub_models_per_step or len(layout.dims))
     per_score = 5 if job.med.mutual != "off" or layout.scorer.is_distance else 3
     if fused and not layout.scorer.is_distance:
         per_score = 1
     scores = batch_size * candidates
     return StepSize(candidates, scores, FLOAT * (per_score * scored * scores + 6 * candidates * columns))
+
+
+def _distinct(draws: int, num_entities: int) -> int:
+    """Return how many entities that many draws are expected to meet: n - n (1 - 1/n)^draws of n alike, else fewer."""
+    return math.ceil(-num_entities * math.expm1(draws * math.log1p(-1 / num_entities))) if num_entities > 1 else 1
 
 
 def _graph_bytes(job: Job, size: GraphSize, *, ranks: bool) -> int:
