@@ -75,7 +75,7 @@ def write_manifest(
     files = {
         name: {"bytes": size, "sha256": known.get(name) or sha256_of(directory / name)}
         for name, size in sorted(_sizes(directory).items())
-        if name != MANIFEST
+        if name != MANIFEST and not name.startswith(VERIFIED)
     }
     manifest = Manifest(kind, format_version, facts, files)
     fault_point("before-manifest")

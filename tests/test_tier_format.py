@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tier_vectors import LATER, NAMES, TIERS, VECTORS, model_of
 from tier_writer import Format, write_manifest, write_tiers
 
+from medscale import manifest
 from medscale.errors import ExportError, MissingShardError
 from medscale.manifest import MANIFEST, VERIFIED
 from medscale.runtime import Tier, needed_files
@@ -315,8 +316,6 @@ def age(directory: Path) -> None:
 
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that files whose SHA-256 is computed are added to."""
-    from medscale import manifest
-
     read, plain = [], manifest.sha256_of
     monkeypatch.setattr(manifest, "sha256_of", lambda path: (read.append(path.name), plain(path))[1])
     return read
@@ -345,6 +344,13 @@ def test_once_remembers_and_reads_what_changed(settled: Path, monkeypatch: pytes
     read.clear()
     Tier.open(settled)
     assert "relations.safetensors" in read
+
+
+def test_notes_of_readers_are_not_files_of_a_tier(settled: Path) -> None:
+    Tier.open(settled)
+    sealed = manifest.read_manifest(settled, "tier", [2], ExportError)
+    again = manifest.write_manifest(settled, sealed.kind, sealed.format, sealed.facts)
+    assert again == sealed
 
 
 def test_what_was_just_written_is_not_remembered(settled: Path) -> None:

@@ -242,18 +242,21 @@ def signalled(workers: Workers, job: Job, graph_directory: Path, runs: Path, del
     """Train once per delay, until one worker gets a SIGTERM; return (outcome, newest step, seconds from the signal)."""
     graph, ends = open_graph(graph_directory), []
     for trial, delay in enumerate(delays):
-        sent = [time.monotonic() + delay]
+        sent = [0.0]
 
-        def terminate(sent: list[float] = sent) -> None:
+        def terminate(sent: list[float] = sent, delay: float = delay) -> None:
+            while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+                time.sleep(0.01)  # it has not begun to train
+            time.sleep(delay)
             sent[0] = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
 
-        timer = threading.Timer(delay, terminate)
         if workers.rank == trial % workers.size:
-            timer.start()
+            threading.Thread(target=terminate, daemon=True).start()
         directory = runs / f"trial-{trial}"
         outcome, _ = train_worker(job, graph, directory, CPU, workers, "auto")
-        ends.append((outcome.name, committed_steps(directory)[-1].name, time.monotonic() - sent[0]))
+        seconds = time.monotonic() - sent[0] if sent[0] else 0.0
+        ends.append((outcome.name, committed_steps(directory)[-1].name, seconds))
     return ends
 
 
