@@ -220,5 +220,5 @@ def _result(reference: Any, name: str) -> Any:
         lines = str(error).strip().splitlines() or [""]
         raise WorkerError(
             f"a task of Ray ({name}) died {MAX_RETRIES + 1} times: {type(error).__name__}: {lines[0]}; give the "
-            "machine more memory, or lower graph.memory_mib, graph.tasks or export.tasks"
+            "machine more memory, or run fewer tasks at a time (to prepare a graph also: lower graph.memory_mib)"
         ) from error

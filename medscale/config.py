@@ -309,8 +309,9 @@ class ExtendSection:
     )
     others: int = key(
         4,
-        "frozen: for each triple that mentions a new name so many that do not, drawn evenly, are trained on: among "
-        "their answers new vectors learn where they do not belong; more guard old answers better, and take longer",
+        "frozen: for each triple that mentions a new name so many that do not, drawn evenly, are trained on, 10,000 at "
+        "least unless 0: among their answers new vectors learn where they do not belong; more guard old answers "
+        "better, and take longer",
         minimum=0,
     )
 

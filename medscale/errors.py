@@ -67,6 +67,18 @@ class MissingShardError(ExportError):
         super().__init__(message)
 
 
+class UnknownNameError(ExportError):
+    """A tier is asked for an entity, a relation or a type that it does not know, by name or id."""
+
+
+class TierChainError(ExportError):
+    """Tiers do not go on top of one another: in the wrong order, of different runs, or not exported together."""
+
+
+class DamagedTierError(ExportError):
+    """A tier's files are missing, damaged, tampered with, or not what its manifest promises; names the file."""
+
+
 class UnsupportedError(MedscaleError):
     """The machine, or the installed set of libraries, cannot do what the job asks."""
 

@@ -9,14 +9,16 @@ from typing import Any
 
 from medscale.checkpoint import committed, newest_checkpoint, step_of
 from medscale.config import ExtendSection, Job
-from medscale.errors import CheckpointError
+from medscale.errors import CheckpointError, MedscaleError
 from medscale.graph.growth import described_files, files_of_new_triples
 from medscale.graph.reader import graph_exists, open_graph
 from medscale.jobfile import dump_job, load_job, parse_job
 from medscale.lineage import require_same_model
 from medscale.location import Location
+from medscale.logs import log
+from medscale.results import evaluation_of
 
-__all__ = ["extended_job"]
+__all__ = ["extended_job", "tell_change"]
 
 #: what the name of a run that grew ends in, unless the user gives it one
 _NUMBERED = re.compile(r"-extended-[0-9]+$")
@@ -99,3 +101,18 @@ def _begun(name: str, runs_dir: Path, graphs_dir: Location) -> _Begun | None:
         return None
     lineage = lineage or {"graph_sha256": None, "files": []}
     return _Begun(extend.run, extend.step, lineage["graph_sha256"], lineage["files"])
+
+
+def tell_change(parent: Path, run_directory: Path) -> None:
+    """Log what became of a run's MRR when it was extended: the same queries, but new entities among the candidates."""
+    try:
+        before, after = evaluation_of(parent), evaluation_of(run_directory)
+    except MedscaleError as cause:
+        log(f"whether old answers stayed as good is not known: {cause}")
+        return
+    changes = [
+        f"{before[dim]['mrr']:.4f} -> {record['mrr']:.4f} @{dim}"
+        for dim, record in after.items()
+        if dim in before and all(before[dim][key] == record[key] for key in ("split", "num_queries"))
+    ]
+    log(f"MRR of {parent.name}, and now: {', '.join(changes) or 'not of the same queries'}")

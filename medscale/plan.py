@@ -23,7 +23,7 @@ from medscale.capacity import Limits, advice_on, in_gib, limits_of, on_cuda, req
 from medscale.config import DISTANCES, Job, conflicts
 from medscale.errors import CapacityError, ConfigError
 from medscale.graph.census import take_census
-from medscale.graph.growth import files_of_new_triples
+from medscale.graph.growth import files_of_new_triples, others_wanted
 from medscale.graph.reader import graph_exists, open_graph
 from medscale.graph.schema import GROWTH
 from medscale.graph.synthetic import RELATIONS, kind_sizes
@@ -190,11 +190,12 @@ def _grown_size(job: Job, graphs_directory: Location, data_root: Path) -> GraphS
         test_fraction=0.0,
     )  # fmt: skip
     new = take_census(read_alone, data_root)
+    others = others_wanted(new.num_triples["train"], job.extend.others)
     return GraphSize(
         old.num_entities + new.num_entities, old.num_relations + new.num_relations,
         old.num_triples["train"] + new.num_triples["train"], old.num_triples["valid"], old.num_triples["test"],
         f"counted in {old.directory} and the files of new triples; what both hold counted twice",
-        (1 + job.extend.others) * new.num_triples["train"],
+        new.num_triples["train"] + min(others, old.num_triples["train"]),
     )  # fmt: skip
 
 

@@ -199,16 +199,15 @@ def _graph_of(job: Job, graphs_dir: Location, tier: Tier) -> Graph | GraphError:
 def _run(arguments: argparse.Namespace) -> int:
     job, run_directory = run_of(arguments.job, arguments.runs_dir)
     lines = report(run_directory)
+    if missing := missing_for_figures():
+        log(f"no page without {' and '.join(missing)}: {INSTALL}, then report again")
+    else:
+        log(f"written: {write_page(job, run_directory, lines, arguments.graphs_dir, arguments.compare)}")
     if arguments.json:
         for line in lines:
             print(json.dumps(asdict(line)))
     else:
         console().print(tiers_table(job.name, lines))
-    missing = missing_for_figures()
-    if missing:
-        log(f"no page without {' and '.join(missing)}: {INSTALL}, then report again")
-    else:
-        log(f"written: {write_page(job, run_directory, lines, arguments.graphs_dir, arguments.compare)}")
     return 0
 
 

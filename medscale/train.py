@@ -14,7 +14,7 @@ from medscale.config import Job
 from medscale.distributed import choose_device, process_group
 from medscale.evaluate import evaluate, print_table
 from medscale.export import export_run
-from medscale.extend import extended_job
+from medscale.extend import extended_job, tell_change
 from medscale.graph.reader import Graph
 from medscale.jobfile import load_job
 from medscale.logs import log
@@ -101,6 +101,8 @@ def _main(arguments: argparse.Namespace) -> int:
     gc.collect()
     if graph.num_triples[job.evaluate.split]:
         print_table(*evaluate(job, graph, run_directory))
+        if job.extend.run is not None:
+            tell_change(arguments.runs_dir / job.extend.run, run_directory)
     gc.collect()
     export_run(job, run_directory, graphs_dir=arguments.graphs_dir)
     log(f"tiers are in {run_directory / 'export'}")

@@ -43,12 +43,12 @@ def publication(link: Path, step: int, keep: int) -> Iterator[Path]:
         kept = versions_of(link)
         # Of all there ever were here, so that no reader takes a new version for one that it is just opening.
         number = max((_number(path) for path in _all(folder)), default=0) + 1
-        # What is newer than the published version was returned from, or never published.
-        _retire(path for path in _all(folder) if path not in kept)
         final = folder / f"{number:06d}-step-{step}"
         with staging_directory(final) as draft:
             yield draft
             commit_directory(draft, final)
+        # What is newer than the published version was returned from, or never published.
+        _retire(path for path in _all(folder) if path not in (*kept, final))
         _point(link, final)
         _retire([*kept, final][:-keep])
 

@@ -12,7 +12,7 @@ import pytest
 
 from medscale.config import GraphSection
 from medscale.errors import GraphError
-from medscale.graph import schema
+from medscale.graph import growth, schema
 from medscale.graph.growth import extend_graph
 from medscale.graph.hashing import hashes
 from medscale.graph.ingest import ingest
@@ -80,11 +80,14 @@ def test_the_order_of_its_triples_is_that_of_a_graph_built_at_once(parent: Graph
         assert (np.diff(hashed.astype(object)) > 0).all()
 
 
-@pytest.mark.parametrize(("num_others", "number"), [(0, 0), (4, 12), (100, 41)])
+@pytest.mark.parametrize(
+    ("num_others", "fewest", "number"), [(0, 1, 0), (0, 30, 0), (4, 1, 12), (4, 30, 30), (100, 1, 41)]
+)
 def test_new_names_learn_from_their_triples_and_some_others(
-    parent: Graph, tmp_path: Path, num_others: int, number: int
+    parent: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_others: int, fewest: int, number: int
 ) -> None:
     """Three triples mention a new name; forty old ones, and a new one of old names, do not."""
+    monkeypatch.setattr(growth, "FEWEST_OTHERS", fewest)
     write(tmp_path / "new.tsv", NEW)
     found = named(grown(parent, tmp_path, "new.tsv", num_others=num_others), "growth")
     assert len(found) == len(set(found)) == 3 + number

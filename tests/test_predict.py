@@ -1,5 +1,8 @@
 """Answers in bulk: those of one top-k each, whatever shares a scan or a task, and errors that name the row."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,10 @@ from small_tables import SCORERS
 from test_cascade import NUMBER, TIERS, model_of
 from tier_writer import Format, write_tiers
 
-from medscale import predict as module
+from medscale import answers as module
+from medscale.answers import SCHEMA, predict
 from medscale.errors import ExportError, GraphError
-from medscale.predict import SCHEMA, main, predict
+from medscale.predict import main
 from medscale.runtime import Cascade, Tier
 
 
@@ -84,7 +88,14 @@ def test_scans_parts_and_row_groups_do_not_matter(tiers: Path, tmp_path: Path, m
 def test_tasks_on_ray_give_the_same_bytes(tiers: Path, tmp_path: Path) -> None:
     queries = queries_file(tmp_path / "q.parquet", asked(40), row_group_size=20)
     assert predict(tiers / "server", queries, tmp_path / "one.parquet", k=4) == (40, 0)
-    assert predict(tiers / "server", queries, tmp_path / "two.parquet", k=4, tasks=2) == (40, 0)
+    # A function of the module that a command runs as cannot be sent to Ray's processes.
+    command = [sys.executable, "-m", "medscale.predict", tiers / "server", queries, "--k=4", "--tasks=2"]
+    done = subprocess.run(
+        [*map(str, command), f"--out={tmp_path / 'two.parquet'}"], env={**os.environ, "RAY_ADDRESS": "local"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "40 queries answered, 0 skipped" in done.stderr
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
 
 
@@ -130,6 +141,14 @@ def test_unknown_names_end_it_with_their_row_or_are_skipped(
 def test_rows_that_are_no_queries_are_refused(tiers: Path, tmp_path: Path, rows: Any, message: str) -> None:
     with pytest.raises(GraphError, match=message):
         predict(tiers / "pc", queries_file(tmp_path / "q.parquet", rows, pa.string()), tmp_path / "a.parquet")
+
+
+def test_answers_do_not_take_the_place_of_the_queries(tiers: Path, tmp_path: Path) -> None:
+    queries = queries_file(tmp_path / "q.parquet", [("e1", "r", None)], pa.string())
+    before = queries.read_bytes()
+    with pytest.raises(GraphError, match=r"q\.parquet holds the queries"):
+        predict(tiers / "pc", queries, tmp_path / "q.parquet")
+    assert queries.read_bytes() == before
 
 
 def test_files_that_are_no_queries_are_refused(tiers: Path, tmp_path: Path) -> None:

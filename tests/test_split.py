@@ -33,7 +33,7 @@ from medscale.runtime.precision import PRECISIONS, encode
 from medscale.split import EntityTypes, write_export
 from medscale.storage import run_lock
 from medscale.tierfiles import list_type
-from medscale.versions import roll_back, versions_of
+from medscale.versions import publication, roll_back, versions_of
 
 TIERS = {"server": 12, "phone": 3, "pc": 5}
 PRODUCTS = ("simple", "complex", "distmult")
@@ -634,8 +634,13 @@ def test_going_back_leads_to_the_version_before(tmp_path: Path) -> None:
     assert read_mark(link / "server") == 2
     with pytest.raises(ExportError, match="no version before"):
         roll_back(link)
+    # An export that is refused changes nothing.
+    with pytest.raises(ZeroDivisionError), publication(link, 9, 2):
+        raise ZeroDivisionError
+    assert (link.resolve().with_name("000003-step-3") / "phone" / "manifest.json").exists()
     # What was gone back from is not what the next one is taken back to.
     marked_export(link, 4)
+    assert not link.resolve().with_name("000003-step-3").exists()
     assert [step_of(path) for path in versions_of(link)] == [2, 4]
     damaged = link.resolve().with_name("000002-step-2") / "phone" / "relations.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")

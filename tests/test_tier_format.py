@@ -277,10 +277,17 @@ def test_a_part_answers_for_what_is_there_and_names_what_is_not(tmp_path: Path, 
 
 def test_without_the_index_names_still_lead_to_rows(tmp_path: Path) -> None:
     write_tiers(tmp_path, model_of("pairre-full-int4-hash")[0], {"server": 6}, Format("full", "int4", "hash", 3))
-    (tmp_path / "server" / "index.safetensors").unlink()
+    whole = Tier.open(tmp_path / "server")
+    lost = shard_of_name(NAMES[3], 4)
+    for file in ("index.safetensors", f"entities-{lost:05d}-of-00004.safetensors"):
+        (tmp_path / "server" / file).unlink()
     tier = Tier.open(tmp_path / "server", partial=True)
-    with pytest.raises(MissingShardError, match=r"index\.safetensors"):
-        tier.vector(3)
+    for place, name in enumerate(NAMES):
+        if shard_of_name(name, 4) == lost:
+            with pytest.raises(MissingShardError, match=r"index\.safetensors"):
+                tier.vector(place)
+        else:
+            assert tier.vector(name).tolist() == tier.vector(place).tolist() == whole.vector(place).tolist()
     with pytest.raises(ExportError, match="index"):
         needed_files(tmp_path / "server", [3])
     assert len(needed_files(tmp_path / "server", NAMES)) == 2 * len({shard_of_name(name, 4) for name in NAMES})

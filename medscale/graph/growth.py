@@ -45,7 +45,10 @@ from medscale.logs import progress as show_progress
 from medscale.manifest import write_manifest
 from medscale.storage import commit_directory, sha256_of, staging_directory
 
-__all__ = ["described_files", "extend_graph", "files_of_new_triples"]
+__all__ = ["described_files", "extend_graph", "files_of_new_triples", "others_wanted"]
+
+#: old triples that new vectors are trained beside, at least: few hold too few of the answers that are not theirs
+FEWEST_OTHERS = 10_000
 
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -69,9 +72,9 @@ def extend_graph(
     The files are read as the section says of its training files. New names are numbered in their order (numerical
     where all of them are integers), after the old ones, so the graph does not depend on the order of the rows. Old
     and new triples that are equal count once. Valid and test stay. The split "growth" holds the training triples that
-    mention a new name and, for each, `num_others` that do not. The manifest's `lineage` says what it grew out of:
-    {"graph", "graph_sha256", "num_entities", "num_relations" of the parent, "files": [{"file", "bytes", "sha256"}],
-    "lineage" of the parent, or null}.
+    mention a new name and, for each, `num_others` that do not (`FEWEST_OTHERS` at least, if any). The manifest's
+    `lineage` says what it grew out of: {"graph", "graph_sha256", "num_entities", "num_relations" of the parent,
+    "files": [{"file", "bytes", "sha256"}], "lineage" of the parent, or null}.
 
     Raises:
         GraphError: a file is missing, wrong or empty; nothing in them is new, or no name is and `only_new_names`.
@@ -281,11 +284,16 @@ def _write_names(draft: Path, parent: Graph, news: _News) -> None:
             writer.append({name: table.column(name) for name in TYPES_SCHEMA.names})
 
 
+def others_wanted(num_new: int, num_others: int) -> int:
+    """Return how many training triples without a new name go with so many that have one: `num_others` for each."""
+    return max(num_others * num_new, FEWEST_OTHERS) if num_others else 0
+
+
 def _write_train(draft: Path, parent: Graph, news: _News, num_others: int, advance: Advance) -> int:
     """Write the old triples with the new ones between them, and those that new names learn from; count the latter."""
     new_names, old_names = news.triples[news.mentions_new], news.triples[~news.mentions_new]
     # The first ones in the order of a hash are drawn as evenly as any.
-    others, wanted, done = list[Ints](), num_others * len(new_names), 0
+    others, wanted, done = list[Ints](), others_wanted(len(new_names), num_others), 0
     with PartWriter(draft / "train", TRIPLES_SCHEMA) as writer:
         for rows in _rows(parent, "train"):
             old = _hashes(parent, rows)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from medscale.errors import ExportError
+from medscale.errors import ExportError, TierChainError
 from medscale.runtime.query import Query
 from medscale.runtime.rows import Portion
 from medscale.runtime.scan import PORTION_NUMBERS, best_of, in_threads
@@ -48,8 +48,10 @@ class Cascade:
             ExportError: fewer than two, in the wrong order, or not of the same run and step.
 
         """
+        if not all(isinstance(tier, Tier) for tier in tiers):
+            raise TierChainError("a cascade is of tiers that are open: Cascade([Tier.open(path), ...])")
         if len(tiers) < 2:
-            raise ExportError(f"a cascade needs two tiers at least, got {len(tiers)}")
+            raise TierChainError(f"a cascade needs two tiers at least, got {len(tiers)}")
         self._tiers = tuple(tiers)
         self._last = tiers[-1]
         for smaller, larger in itertools.pairwise(tiers):
@@ -286,12 +288,12 @@ class Cascade:
         for smaller, larger in itertools.pairwise(self._tiers):
             ours, theirs = smaller.checked_facts, larger.checked_facts
             if ours.precision != theirs.precision:
-                raise ExportError(
+                raise TierChainError(
                     f"{ours.source} is of precision {ours.precision}, {theirs.source} of {theirs.precision}: bounds "
                     "need one precision; use exact=False"
                 )
             if theirs.payload[: len(ours.payload)] != ours.payload:
-                raise ExportError(f"{ours.source} and {theirs.source} were not exported together: use exact=False")
+                raise TierChainError(f"{ours.source} and {theirs.source} were not exported together: use exact=False")
         facts = self._last.checked_facts
         if facts.scorer.geometry == "product" and facts.format == 1:
             raise ExportError(f"{facts.source} is of format 1, without norms: export it again, or use exact=False")
@@ -319,15 +321,15 @@ def _check_pair(smaller: Tier, larger: Tier) -> None:
     ours, theirs = smaller.checked_facts, larger.checked_facts
     for key in ("run", "step", "graph_sha256", "scorer_name", "norm", "reciprocal"):
         if getattr(ours, key) != getattr(theirs, key):
-            raise ExportError(
+            raise TierChainError(
                 f"{ours.source} and {theirs.source} are of different runs: {key} is {getattr(ours, key)!r} and "
                 f"{getattr(theirs, key)!r}"
             )
     if smaller.num_entities != larger.num_entities:
         counts = f"{smaller.num_entities:,} and {larger.num_entities:,}"
-        raise ExportError(f"{ours.source} and {theirs.source} have different entities: {counts}")
+        raise TierChainError(f"{ours.source} and {theirs.source} have different entities: {counts}")
     if ours.dim >= theirs.dim:
-        raise ExportError(
+        raise TierChainError(
             f"wrong order: tier {smaller.name!r} of {ours.dim} units comes before {larger.name!r} of {theirs.dim}; "
             "begin with the smallest"
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from medscale.errors import ExportError
+from medscale.errors import DamagedTierError
 from medscale.manifest import MANIFEST, Manifest
 from medscale.runtime.precision import PRECISIONS, Precision, stored_width
 from medscale.runtime.scoring import SCORERS, ExportedScorer, exported_scorer, unit_weights
@@ -78,7 +78,7 @@ class TierFacts:
         """Return the facts of a tier's manifest.
 
         Raises:
-            ExportError: one is missing, of another type, or contradicts another; names manifest and fact.
+            DamagedTierError: one is missing, of another type, or contradicts another; names manifest and fact.
 
         """
         source, raw = str(directory / MANIFEST), manifest.facts
@@ -91,7 +91,7 @@ class TierFacts:
             wrong = next(_contradictions(facts), None)
             if wrong is None:
                 return facts
-        raise ExportError(f"{source}: the fact {wrong!r} is missing or makes no sense; export the tier again")
+        raise DamagedTierError(f"{source}: the fact {wrong!r} is missing or makes no sense; export the tier again")
 
     @classmethod
     def _built(cls, source: str, manifest: Manifest) -> "TierFacts":

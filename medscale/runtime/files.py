@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from medscale.errors import ExportError, MedscaleError
+from medscale.errors import DamagedTierError, ExportError, MedscaleError, UnknownNameError
 from medscale.manifest import Manifest, read_manifest
 from medscale.runtime.facts import TierFacts
 from medscale.runtime.names import NameTable
@@ -76,7 +76,7 @@ class TierFiles:
             ExportError: there is no manifest, or it is damaged, or makes no sense.
 
         """
-        return cls(directory, read_manifest(directory, TIER_KIND, TIER_FORMATS, ExportError))
+        return cls(directory, read_manifest(directory, TIER_KIND, TIER_FORMATS, DamagedTierError))
 
     def is_here(self, name: str) -> bool:
         """Tell whether a file is there: of a tier that was fetched in part, some are not."""
@@ -90,7 +90,7 @@ class TierFiles:
 
         """
         if name not in self.manifest.files:
-            raise ExportError(f"{self.directory} is incomplete: its manifest does not list {name}")
+            raise DamagedTierError(f"{self.directory} is incomplete: its manifest does not list {name}")
         path = safe_join(self.directory, name)
         tensors = map_tensors(path)
         for key, (dtype, shape) in expected.items():
@@ -98,10 +98,10 @@ class TierFiles:
             fits = found is not None and found.dtype == np.dtype(dtype) and _fits(found.shape, shape)
             if not fits:
                 what = "no such tensor" if found is None else f"{found.dtype} {list(found.shape)}"
-                raise ExportError(f"{path}: {key!r} should be {np.dtype(dtype)} {list(shape)}, found {what}")
+                raise DamagedTierError(f"{path}: {key!r} should be {np.dtype(dtype)} {list(shape)}, found {what}")
         extra = sorted(tensors.keys() - expected.keys())
         if extra:
-            raise ExportError(f"{path} holds a tensor {extra[0]!r}, which a tier of its facts has not")
+            raise DamagedTierError(f"{path} holds a tensor {extra[0]!r}, which a tier of its facts has not")
         return tensors
 
     def shard(self, index: int) -> dict[str, Array]:
@@ -119,7 +119,7 @@ class TierFiles:
         name = shard_name(index, facts.num_shards)
         tensors = self.tensors(name, expected)
         if len({len(tensor) for tensor in tensors.values()}) > 1:
-            raise ExportError(f"{self.directory / name}: its tensors differ in number of rows")
+            raise DamagedTierError(f"{self.directory / name}: its tensors differ in number of rows")
         if "ids" in tensors:
             self._check_ids(name, tensors["ids"])
         return tensors
@@ -128,7 +128,7 @@ class TierFiles:
         facts = self.facts
         inside = not len(ids) or (ids[0] >= facts.first_entity and ids[-1] < facts.stop_entity)
         if not inside or not (np.diff(ids) > 0).all():
-            raise ExportError(f"{self.directory / name}: its ids do not rise, or are none of the tier's")
+            raise DamagedTierError(f"{self.directory / name}: its ids do not rise, or are none of the tier's")
 
     def shard_names(self, index: int, rows: int) -> tuple[NameTable, Array | None]:
         """Return the names of a shard's rows, and their types: int32 [rows], or None where there are none."""
@@ -137,7 +137,9 @@ class TierFiles:
         tensors = self.tensors(name, _name_tensors("entity", rows) | types)
         kinds = tensors.get("entity_type")
         if kinds is not None and len(kinds) and (kinds.min() < -1 or kinds.max() >= len(facts.entity_types)):
-            raise ExportError(f"{self.directory / name}: a type is none of the {len(facts.entity_types)} of the tier")
+            raise DamagedTierError(
+                f"{self.directory / name}: a type is none of the {len(facts.entity_types)} of the tier"
+            )
         return self._table("entity", name, tensors), kinds
 
     def all_names(self) -> tuple[NameTable, NameTable]:
@@ -161,7 +163,9 @@ class TierFiles:
         """Return the shard of each entity, int32 [num_entities], of a tier whose shards go by hashes."""
         shards = self.tensors(INDEX, {"shard": ("<i4", (self.facts.num_entities,))})["shard"]
         if shards.min() < 0 or shards.max() >= self.facts.num_shards:
-            raise ExportError(f"{self.directory / INDEX}: a shard is none of the {self.facts.num_shards} of the tier")
+            raise DamagedTierError(
+                f"{self.directory / INDEX}: a shard is none of the {self.facts.num_shards} of the tier"
+            )
         return shards
 
     def _table(self, what: str, name: str, tensors: Mapping[str, Array]) -> NameTable:
@@ -212,7 +216,7 @@ def _shard_of(files: TierFiles, entity: Any) -> int:
         return shard_of_name(entity, facts.num_shards)
     row = int(entity) - facts.first_entity
     if not 0 <= row < facts.num_entities:
-        raise ExportError(
+        raise UnknownNameError(
             f"unknown entity id {entity}: {files.directory} has ids {facts.first_entity} to {facts.stop_entity - 1}"
         )
     if facts.sharding == "range":

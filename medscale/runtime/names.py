@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medscale.errors import ExportError
+from medscale.errors import DamagedTierError, UnknownNameError
 
 __all__ = ["NameTable"]
 
@@ -33,10 +33,10 @@ class NameTable:
     def __post_init__(self) -> None:
         kinds = [(array.dtype, array.ndim) for array in (self.data, self.offsets, self.order)]
         if kinds != [(np.dtype("u1"), 1), (np.dtype("<i8"), 1), (np.dtype("<i8"), 1)]:
-            raise ExportError(f"{self.source}: the {self.what} names have unexpected dtypes or shapes")
+            raise DamagedTierError(f"{self.source}: the {self.what} names have unexpected dtypes or shapes")
         whole = len(self.offsets) == len(self.order) + 1 and self.offsets[0] == 0
         if not whole or self.offsets[-1] != len(self.data):
-            raise ExportError(f"{self.source}: the {self.what} names do not fit their offsets")
+            raise DamagedTierError(f"{self.source}: the {self.what} names do not fit their offsets")
 
     def __len__(self) -> int:
         return len(self.order)
@@ -45,24 +45,25 @@ class NameTable:
         """Return the name of an id.
 
         Raises:
-            ExportError: the id is out of range, or the name's bytes are damaged.
+            UnknownNameError: the id is out of range.
+            DamagedTierError: the name's bytes are damaged.
 
         """
         try:
             return self._bytes(self.check(index)).decode("utf-8")
         except UnicodeDecodeError:
-            raise ExportError(f"{self.source}: the name of {self.what} {index} is not UTF-8") from None
+            raise DamagedTierError(f"{self.source}: the name of {self.what} {index} is not UTF-8") from None
 
     def index(self, name: str) -> int:
         """Return the id of a name.
 
         Raises:
-            ExportError: no such name.
+            UnknownNameError: no such name.
 
         """
         found = self.find(name)
         if found is None:
-            raise ExportError(f"unknown {self.what} {name!r}: it is not among the {len(self):,} of {self.source}")
+            raise UnknownNameError(f"unknown {self.what} {name!r}: it is not among the {len(self):,} of {self.source}")
         return found
 
     def find(self, name: str) -> int | None:
@@ -79,11 +80,11 @@ class NameTable:
         """Return the id, which must be in range.
 
         Raises:
-            ExportError: it is not.
+            UnknownNameError: it is not.
 
         """
         if not 0 <= index < len(self):
-            raise ExportError(f"unknown {self.what} id {index}: {self.source} has ids 0 to {len(self) - 1}")
+            raise UnknownNameError(f"unknown {self.what} id {index}: {self.source} has ids 0 to {len(self) - 1}")
         return index
 
     def _first_not_before(self, wanted: bytes) -> int:
@@ -101,5 +102,5 @@ class NameTable:
         # Views of the maps index several times faster than arrays do, one number at a time.
         start, stop = self.offsets.data[index : index + 2]
         if not 0 <= start <= stop <= len(self.data):
-            raise ExportError(f"{self.source}: the name of {self.what} {index} lies outside its bytes")
+            raise DamagedTierError(f"{self.source}: the name of {self.what} {index} lies outside its bytes")
         return self.data[start:stop].tobytes()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from medscale.errors import ExportError, MissingShardError
+from medscale.errors import DamagedTierError, MissingShardError, UnknownNameError
 from medscale.runtime.facts import TierFacts
 from medscale.runtime.files import INDEX, TierFiles, shard_name, shard_names_name, shard_of_name
 from medscale.runtime.names import NameTable
@@ -134,7 +134,7 @@ class Section:
         """Map a tier of layout "full" or "rows".
 
         Raises:
-            ExportError: a file is missing that must be there, or does not hold what the facts promise.
+            DamagedTierError: a file is missing that must be there, or does not hold what the facts promise.
 
         """
         facts = files.facts
@@ -160,7 +160,7 @@ class Section:
         """Return the section with a delta's columns beside its own.
 
         Raises:
-            ExportError: as above, or its rows are others.
+            DamagedTierError: as above, or its rows are others.
 
         """
         shards, missing = _shards(files, partial)
@@ -169,7 +169,7 @@ class Section:
             ours, theirs = self.shards[number], shards[number]
             if ours.ids is not None and (theirs.ids is None or not np.array_equal(ours.ids, theirs.ids)):
                 file = shard_name(number, self.facts.num_shards)
-                raise ExportError(f"{files.directory / file}: its ids are not those of {self.directory}")
+                raise DamagedTierError(f"{files.directory / file}: its ids are not those of {self.directory}")
             together[number] = replace(ours, pieces=(*ours.pieces, *theirs.pieces))
         facts = replace(files.facts, layout="full")
         return replace(self, facts=facts, shards=together, missing={**missing, **self.missing})
@@ -194,15 +194,13 @@ class Section:
 
         Raises:
             MissingShardError: the shard, or the index that tells it, was not fetched.
-            ExportError: index and shards disagree.
+            DamagedTierError: index and shards disagree.
 
         """
         if self.facts.sharding == "range":
             shards, places = np.divmod(rows, self.facts.shard_rows)
             return shards, places
-        if self.index is None:
-            raise self._missing(INDEX)
-        shards = self.index[rows].astype(np.int64)
+        shards = self._among_those_here(rows) if self.index is None else self.index[rows].astype(np.int64)
         places = np.empty_like(shards)
         for number in np.unique(shards).tolist():
             here = shards == number
@@ -211,8 +209,23 @@ class Section:
             wanted = rows[here] + self.facts.first_entity
             places[here] = np.searchsorted(ids, wanted)
             if not np.array_equal(ids[np.minimum(places[here], len(ids) - 1)] if len(ids) else [], wanted):
-                raise ExportError(f"{self.directory}: {INDEX} names a shard of an entity that does not hold it")
+                raise DamagedTierError(f"{self.directory}: {INDEX} names a shard of an entity that does not hold it")
         return shards, places
+
+    def _among_those_here(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the shard of each row, int64 in their shape, where the index that tells it is not here.
+
+        Raises:
+            MissingShardError: they are in none of the shards that are.
+
+        """
+        found = np.full(rows.shape, -1, np.int64)
+        for number, shard in self.shards.items():
+            assert shard.ids is not None
+            found[np.isin(rows + self.facts.first_entity, shard.ids)] = number
+        if (found < 0).any():
+            raise self._missing(INDEX)
+        return found
 
     def find(self, name: str) -> int | None:
         """Return the id of a name, or None.
@@ -246,7 +259,7 @@ class Section:
 
         Raises:
             MissingShardError: its names were not fetched.
-            ExportError: the name is damaged.
+            DamagedTierError: the name is damaged.
 
         """
         if self.facts.format == 1:
@@ -286,7 +299,9 @@ def _shards(files: TierFiles, partial: bool) -> tuple[dict[int, Shard], dict[int
         shards[number] = Shard(facts.first_entity + number * facts.shard_rows, tensors.get("ids"), (piece,))
         held += len(piece.stored)
     if not missing and held != facts.num_entities:
-        raise ExportError(f"{files.directory}: its shards have {held} rows, its manifest says {facts.num_entities}")
+        raise DamagedTierError(
+            f"{files.directory}: its shards have {held} rows, its manifest says {facts.num_entities}"
+        )
     return shards, missing
 
 
@@ -359,25 +374,26 @@ class Rows:
         """Return the id of a name.
 
         Raises:
-            ExportError: no such name; a MissingShardError where it may be in a shard that was not fetched.
+            UnknownNameError: no such name.
+            MissingShardError: it may be in a shard that was not fetched.
 
         """
         found = self.find(name)
         if found is None:
             where = self.sections[-1].directory
-            raise ExportError(f"unknown entity {name!r}: it is not among the {self.num_entities:,} of {where}")
+            raise UnknownNameError(f"unknown entity {name!r}: it is not among the {self.num_entities:,} of {where}")
         return found
 
     def check(self, index: int) -> int:
         """Return the id, which must be in range.
 
         Raises:
-            ExportError: it is not.
+            UnknownNameError: it is not.
 
         """
         if not 0 <= index < self.num_entities:
             where = self.sections[-1].directory
-            raise ExportError(f"unknown entity id {index}: {where} has ids 0 to {self.num_entities - 1}")
+            raise UnknownNameError(f"unknown entity id {index}: {where} has ids 0 to {self.num_entities - 1}")
         return index
 
     def name(self, entity: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medscale.errors import ExportError
+from medscale.errors import DamagedTierError
 from medscale.manifest import parse_json
 
 __all__ = ["DTYPES", "map_tensors", "safetensors_header"]
@@ -54,7 +54,7 @@ def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """Map every tensor of a safetensors file, read-only.
 
     Raises:
-        ExportError: unreadable, or any part of the header is malformed or does not fit the file's size.
+        DamagedTierError: unreadable, or any part of the header is malformed or does not fit the file's size.
 
     """
     try:
@@ -73,7 +73,7 @@ def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
             for name, (start, dtype, shape) in places.items()
         }
     except (OSError, ValueError, OverflowError) as cause:
-        raise ExportError(f"{path} is not a sound safetensors file: {cause}") from None
+        raise DamagedTierError(f"{path} is not a sound safetensors file: {cause}") from None
 
 
 def _places(header: bytes, data_bytes: int) -> dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from medscale.errors import ExportError, MedscaleError
+from medscale.errors import DamagedTierError, ExportError, MedscaleError, TierChainError, UnknownNameError
 from medscale.runtime.facts import TierFacts
 from medscale.runtime.files import TIER_KIND, TierFiles, shard_name
 from medscale.runtime.names import NameTable
@@ -86,7 +86,7 @@ class Tier:
                     continue
                 if isinstance(cause, ExportError):
                     raise
-                raise ExportError(str(cause)) from None
+                raise DamagedTierError(str(cause)) from None
         raise AssertionError("the last attempt returns or raises")
 
     @classmethod
@@ -121,7 +121,7 @@ class Tier:
         except (MedscaleError, OSError) as cause:
             if isinstance(cause, ExportError):
                 raise
-            raise ExportError(str(cause)) from None
+            raise DamagedTierError(str(cause)) from None
         if files.facts.layout == "full":
             raise ExportError(f"{files.directory} is a whole tier (layout full), not a delta: open it by itself")
         return self._with_columns(files) if files.facts.layout == "delta" else self._with_rows(files)
@@ -129,14 +129,14 @@ class Tier:
     def _with_columns(self, files: TierFiles) -> "Tier":
         ours, theirs, where = self._facts, files.facts, files.directory
         if len(self.rows.sections) > 1:
-            raise ExportError(f"{where} adds columns to {self.name!r}, which rows have joined: put columns on first")
+            raise TierChainError(f"{where} adds columns to {self.name!r}, which rows have joined: put columns on first")
         _check_goes_together(ours, theirs, where)
         counts = ("num_entities", "num_relations", "shard_rows", "num_shards", "sharding", "reciprocal")
         differs = [key for key in counts if getattr(ours, key) != getattr(theirs, key)]
         assert theirs.base is not None
         if theirs.base.payload != ours.payload or differs:
             why = f"the fact {differs[0]!r} differs" if differs else "their payloads differ"
-            raise ExportError(f"{where} does not go on top of {ours.source}: {why}, so it belongs to another export")
+            raise TierChainError(f"{where} does not go on top of {ours.source}: {why}, so it belongs to another export")
         section = self.rows.sections[0].with_columns(files, self._partial)
         relations = np.concatenate([self._relations, files.relations()[0]], axis=1)
         return Tier(section.facts, Rows([section]), relations, self._relation_names, self.threads, self._partial)
@@ -149,9 +149,9 @@ class Tier:
         differs = [key for key in same if getattr(ours, key) != getattr(theirs, key)]
         if theirs.base.payload != ours.payload or differs:
             why = f"the fact {differs[0]!r} differs" if differs else "its base's payload is another one"
-            raise ExportError(f"{where} does not go on top of {ours.source}: {why}, so it extends another export")
+            raise TierChainError(f"{where} does not go on top of {ours.source}: {why}, so it extends another export")
         if theirs.first_entity != self.num_entities:
-            raise ExportError(
+            raise TierChainError(
                 f"{where} begins at entity {theirs.first_entity}, this tier ends before {self.num_entities}"
             )
         relations, names = files.relations()
@@ -222,23 +222,23 @@ class Tier:
         return view
 
     def entity_id(self, name: str) -> int:
-        """Return an entity's id; ExportError if there is none of that name."""
+        """Return an entity's id; UnknownNameError if there is none of that name."""
         return int(_ids(self.rows, name)) if isinstance(name, str) else _refuse_name("entity", name)
 
     def relation_id(self, name: str) -> int:
-        """Return a relation's id; ExportError if there is none of that name."""
+        """Return a relation's id; UnknownNameError if there is none of that name."""
         return int(_ids(self._relation_names, name)) if isinstance(name, str) else _refuse_name("relation", name)
 
     def entity_name(self, entity: int) -> str:
-        """Return an entity's name; ExportError if the id is out of range."""
+        """Return an entity's name; UnknownNameError if the id is out of range."""
         return self.rows.name(self.rows.check(entity))
 
     def relation_name(self, relation: int) -> str:
-        """Return a relation's name; ExportError if the id is out of range."""
+        """Return a relation's name; UnknownNameError if the id is out of range."""
         return self._relation_names.name(relation)
 
     def entity_type(self, entity: str | int) -> str | None:
-        """Return the name of an entity's type, or None; ExportError if there is no such entity."""
+        """Return the name of an entity's type, or None; UnknownNameError if there is no such entity."""
         return self.rows.type_of(self._entity(entity))
 
     def shard_of(self, entity: str | int) -> str:
@@ -271,7 +271,8 @@ class Tier:
     def score(self, head: Names, relation: Names, tail: Names) -> NDArray[np.float32]:
         """Return the scores of triples, float32 in the shape that the three arguments broadcast to.
 
-        Each is a name, an id, or an array of either; higher scores are more plausible. Computed in float64.
+        Each is a name, an id, or an array of either; higher scores are more plausible. Computed in float64. Of a run
+        with inverse relations (`reciprocal`) it is the mean of what `top_k` and `top_k_heads` rank by.
 
         Raises:
             ExportError: unknown name or id, or shapes that do not broadcast.
@@ -316,8 +317,8 @@ class Tier:
         """Return the names and scores of the k best tails, best first; equal scores by id.
 
         `exclude` leaves entities out, such as tails that are known; `candidates` names the only ones that count, or,
-        as one str, their type. Scores are computed in float64 and rounded to float32, as `score` does; they depend
-        neither on threads nor on the layout of the files.
+        as one str, their type. Scores are computed in float64 and rounded to float32; they depend neither on threads
+        nor on the layout of the files. With inverse relations they are of the question for tails alone: see `score`.
 
         Raises:
             ExportError: unknown name, id or type, or k below 1. More than there are gives all.
@@ -406,11 +407,13 @@ class Tier:
             return np.unique(self.ids(candidates))
         if candidates not in self.entity_types:
             known = ", ".join(self.entity_types) or "none: the graph was prepared without types"
-            raise ExportError(f"unknown entity type {candidates!r}; there are {known}. One entity is given as a list")
+            raise UnknownNameError(
+                f"unknown entity type {candidates!r}; there are {known}. One entity is given as a list"
+            )
         return self.rows.type_ids(candidates)
 
     def ids(self, entities: Names) -> NDArray[np.int64]:
-        """Return ids, int64[...], of entities given by name or id; ExportError if one is unknown."""
+        """Return ids, int64[...], of entities given by name or id; UnknownNameError if one is unknown."""
         return _ids(self.rows, entities)
 
     def length(self, query: Query) -> float:
@@ -427,7 +430,9 @@ class Tier:
         """
         length = longest(self.rows, self.threads)
         if not length < 1e15:
-            raise ExportError(f"{self._facts.source}: a row is longer than 1e15 or not a number; nothing trained is")
+            raise DamagedTierError(
+                f"{self._facts.source}: a row is longer than 1e15 or not a number; nothing trained is"
+            )
         return length
 
     def _named(self, ids: NDArray[np.int64], scores: NDArray[np.float32]) -> Answers:
@@ -487,19 +492,21 @@ def _check_goes_together(ours: TierFacts, theirs: TierFacts, where: Path) -> Non
     """Say, as far as facts can tell, why a delta does not go on top of a tier."""
     assert theirs.base is not None
     if ours.format == 1:
-        raise ExportError(f"{ours.source} is of format 1, which nothing goes on top of; export it again")
+        raise TierChainError(f"{ours.source} is of format 1, which nothing goes on top of; export it again")
     rows = theirs.layout == "rows"
     if (theirs.scorer_name, theirs.norm) != (ours.scorer_name, ours.norm):
-        raise ExportError(f"{where} is of another run than {ours.source}: its scorer is {theirs.scorer_name}")
+        raise TierChainError(f"{where} is of another run than {ours.source}: its scorer is {theirs.scorer_name}")
     if not rows and (theirs.run, theirs.step, theirs.graph_sha256) != (ours.run, ours.step, ours.graph_sha256):
-        raise ExportError(
+        raise TierChainError(
             f"{where} is of another run: of {theirs.run!r} at step {theirs.step:,}; {ours.source} is of {ours.run!r} "
             f"at step {ours.step:,}"
         )
     if theirs.base.tier != ours.tier:
-        raise ExportError(f"wrong order: {where} goes on top of tier {theirs.base.tier!r}, this is tier {ours.tier!r}")
+        raise TierChainError(
+            f"wrong order: {where} goes on top of tier {theirs.base.tier!r}, this is tier {ours.tier!r}"
+        )
     if theirs.precision != ours.precision:
-        raise ExportError(f"{where} is of precision {theirs.precision}, {ours.source} of {ours.precision}")
+        raise TierChainError(f"{where} is of precision {theirs.precision}, {ours.source} of {ours.precision}")
 
 
 class _Naming(Protocol):

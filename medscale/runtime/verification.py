@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from medscale.errors import ExportError
+from medscale.errors import DamagedTierError, ExportError
 from medscale.manifest import MANIFEST, VERIFIED, Manifest, parse_json, verify_files
 from medscale.storage import sha256_of
 
@@ -38,7 +38,7 @@ def verify(directory: Path, manifest: Manifest, when: Verify, optional: frozense
     if when not in VERIFY:
         raise ExportError(f"verify is {when!r}; allowed: {', '.join(VERIFY)}")
     if when == "always":
-        verify_files(directory, manifest, ExportError, optional=optional)
+        verify_files(directory, manifest, DamagedTierError, optional=optional)
     elif when == "once":
         _verify_once(directory, manifest, optional)
 
@@ -48,7 +48,7 @@ def _verify_once(directory: Path, manifest: Manifest, optional: frozenset[str]) 
     marks, manifest_sha256 = _marks(directory, manifest), sha256_of(directory / MANIFEST)
     known = _noted(directory / VERIFIED, manifest_sha256)
     unchanged = {name for name, mark in marks.items() if known.get(name) == mark}
-    verify_files(directory, manifest, ExportError, optional=optional, unchanged=unchanged)
+    verify_files(directory, manifest, DamagedTierError, optional=optional, unchanged=unchanged)
     # Marks from before the files were read: what was changed meanwhile is read again next time.
     note = {name: mark for name, mark in marks.items() if mark[1] < settled}
     if note != known:
@@ -56,13 +56,13 @@ def _verify_once(directory: Path, manifest: Manifest, optional: frozenset[str]) 
 
 
 def _marks(directory: Path, manifest: Manifest) -> dict[str, list[int]]:
-    """Return [bytes, mtime in ns, inode] of each file that is there; links are never remembered."""
+    """Return [bytes, mtime and ctime in ns, inode] of each file that is there; links are never remembered."""
     marks = {}
     for name in manifest.files:
         with contextlib.suppress(OSError):
             status = (directory / name).lstat()
             if not (directory / name).is_symlink():
-                marks[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
+                marks[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     return marks
 
 
