@@ -15,8 +15,9 @@ from medscale.jobfile import dump_job
 from medscale.markup import Image, Markup, document, folded, images, note, section, table, tiles
 from medscale.places import Sample, places_of, sample_of
 from medscale.results import Course, course_of, evaluation_of, export_report_of, summary_of
+from medscale.runtime.precision import PRECISIONS
 from medscale.runtime.tier import Tier
-from medscale.tiers import TIER_PRECISIONS, Point, curve_of, in_bytes
+from medscale.tiers import Point, curve_of, in_bytes
 
 __all__ = ["Compared", "ShownTier", "compared_runs", "page_of"]
 
@@ -267,11 +268,11 @@ class _Story:
         rows = [
             (
                 f"{p.units:,}", f"{p.columns:,}", f"{p.mrr:.3f}", f"{p.share:.1%}", f"{p.hits_at_10:.3f}",
-                *(f"{in_bytes(p.bytes[each])} ({p.bytes_per_entity[each]:,} B)" for each in TIER_PRECISIONS),
+                *(f"{in_bytes(p.bytes[each])} ({p.bytes_per_entity[each]:,} B)" for each in PRECISIONS),
             )
             for p in points
         ]  # fmt: skip
-        headings = ("units", "columns", "MRR", "of full", "Hits@10", *TIER_PRECISIONS)
+        headings = ("units", "columns", "MRR", "of full", "Hits@10", *PRECISIONS)
         words = (
             "What a tier of each sub-model would take, and in brackets each entity of it: vectors, relations as "
             "float32, names; int8 with a float32 scale per row and cut. medscale tiers chooses among them."

@@ -1,8 +1,8 @@
 """The smallest tier that keeps enough quality, or the best that fits: `python -m medscale.tiers JOB_OR_RUN`.
 
-Bytes are those of a tier's numeric core and names: entity rows (with int8 a float32 scale per row and cut of the tier
-chain), relation rows as float32, and names (UTF-8, with 16 bytes each to find them). Parquet copies, search indexes,
-models of other formats and manifests are not counted.
+Bytes are those of a tier's numeric core and names: entity rows (with int8 and int4 a float32 scale per row and cut
+of the tier chain), relation rows as float32, and names (UTF-8, with 16 bytes each to find them). Parquet copies, search
+indexes, models of other formats and manifests are not counted.
 """
 
 import argparse
@@ -32,13 +32,12 @@ from medscale.logs import console, log
 from medscale.model.layout import layout_of
 from medscale.options import job_parser, run_command, run_of
 from medscale.results import evaluation_of, summary_of
-from medscale.runtime.precision import Precision, row_bytes, stored_dtype
+from medscale.runtime.precision import PRECISIONS, Precision, row_bytes, stored_dtype
 from medscale.runtime.scoring import exported_scorer
 from medscale.storage import write_atomic
 
 __all__ = [
     "INSTALL",
-    "TIER_PRECISIONS",
     "Point",
     "Sizes",
     "bytes_per_entity",
@@ -53,7 +52,6 @@ __all__ = [
     "text_plot",
 ]  # fmt: skip
 
-TIER_PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8")
 #: how to get what figures need
 INSTALL = "pip install 'medscale[report]'"
 
@@ -160,8 +158,8 @@ def curve_of(job: Job, run_directory: Path, graph: Graph) -> list[Point]:
             mrr=record["mrr"],
             hits_at_10=record["hits@10"],
             share=record["mrr"] / evaluation[full]["mrr"],
-            bytes_per_entity={precision: sizes.per_entity(dim, precision) for precision in TIER_PRECISIONS},
-            bytes={precision: sizes.whole(dim, precision) for precision in TIER_PRECISIONS},
+            bytes_per_entity={precision: sizes.per_entity(dim, precision) for precision in PRECISIONS},
+            bytes={precision: sizes.whole(dim, precision) for precision in PRECISIONS},
         )
         for dim, record in evaluation.items()
     ]
@@ -183,7 +181,7 @@ def choose(
     fitting = [point for point in points if point.bytes[precision] <= budget]
     if not fitting:
         smallest = points[0]
-        others = [f"{in_bytes(smallest.bytes[p])} at {p}" for p in TIER_PRECISIONS if smallest.bytes[p] <= budget]
+        others = [f"{in_bytes(smallest.bytes[p])} at {p}" for p in PRECISIONS if smallest.bytes[p] <= budget]
         way_out = f"; it takes {others[0]}: --precision {others[0].split()[-1]}" if others else ""
         raise CapacityError(
             f"--budget: no tier fits {in_bytes(budget)}: the smallest sub-model, {smallest.units} units, takes "
@@ -241,16 +239,16 @@ def _table(name: str, points: Sequence[Point], chosen: Point | None, precision: 
         box=SIMPLE_HEAD,
         caption=(
             f"{queries}, both sides: {PROTOCOL}. share: of the largest sub-model's MRR, measured at float32. Bytes: "
-            "vectors (with scales at int8, and norms for products, per row and cut), relations as float32, names; no "
-            f"Parquet copies, indexes, manifests. B/entity: vectors and scales at {precision}."
+            "vectors (with scales at int8 and int4, and norms for products, per row and cut), relations as float32, "
+            f"names; no Parquet copies, indexes, manifests. B/entity: vectors and scales at {precision}."
         ),
     )
-    headings = ("", "units", "columns", "MRR", "share", "Hits@10", "B/entity", *TIER_PRECISIONS)
+    headings = ("", "units", "columns", "MRR", "share", "Hits@10", "B/entity", *PRECISIONS)
     for heading in headings:
         table.add_column(heading, justify="right")
     for point in points:
         quality = (f"{point.mrr:.4f}", f"{point.share:.1%}", f"{point.hits_at_10:.4f}")
-        sizes = (f"{point.bytes_per_entity[precision]:,}", *(in_bytes(point.bytes[p]) for p in TIER_PRECISIONS))
+        sizes = (f"{point.bytes_per_entity[precision]:,}", *(in_bytes(point.bytes[p]) for p in PRECISIONS))
         is_chosen = point is chosen
         table.add_row(
             ">" if is_chosen else "", f"{point.units:,}", f"{point.columns:,}", *quality, *sizes,
@@ -313,7 +311,8 @@ def _advice(job: Job, asked: Path, arguments: argparse.Namespace, chosen: Point)
         tiers[f"units{chosen.units}"] = chosen.units
     tiers = dict(sorted(tiers.items(), key=lambda item: item[1]))
     command = ["medscale", "export", str(asked), "--tiers", ",".join(f"{n}={units}" for n, units in tiers.items())]
-    command += ["--precision", precision]
+    # Without copies in other formats, which the bytes do not count.
+    command += ["--precision", precision, "--formats", "none"]
     for option in ("graphs_dir",) if asked.is_dir() else ("runs_dir", "graphs_dir"):
         value = getattr(arguments, option)
         if str(value) != option.removesuffix("_dir"):
@@ -388,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     asked.add_argument("--keep", metavar="SHARE", help="the smallest that keeps this of the full MRR, such as 95%%")
     parser.add_argument(
-        "--precision", choices=TIER_PRECISIONS, default="float32", help="what --budget counts in (default: float32)"
+        "--precision", choices=PRECISIONS, default="float32", help="what --budget counts in (default: float32)"
     )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write the figure there instead")
     parser.add_argument("--json", action="store_true", help="print one JSON line per sub-model instead of a table")

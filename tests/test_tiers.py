@@ -12,6 +12,7 @@ from medscale import tiers
 from medscale.cli import main as medscale
 from medscale.errors import CapacityError, ConfigError, GraphError, MedscaleError, UnsupportedError
 from medscale.graph.reader import open_graph
+from medscale.runtime.precision import PRECISIONS
 from medscale.tiers import Point, choose, in_bytes, parse_budget, parse_keep, text_plot
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -53,6 +54,7 @@ def test_bytes_by_precision(points: list[Point]) -> None:
         norms = 4 * (cuts - 1)  # ComplEx scores are products
         assert point.bytes_per_entity == {
             "float32": 4 * columns + norms, "float16": 2 * columns + norms, "int8": columns + 4 * cuts + norms,
+            "int4": columns // 2 + 4 * cuts + norms,
         }  # fmt: skip
         saved = point.bytes["float32"] - point.bytes["int8"]
         assert saved == 60 * (4 * columns - columns - 4 * cuts)
@@ -71,7 +73,7 @@ def test_keep_is_the_smallest_that_keeps_enough(keep: float, points: list[Point]
     assert chosen.units == min(enough)
 
 
-@pytest.mark.parametrize("precision", tiers.TIER_PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_budget_is_the_best_that_fits(precision: str, points: list[Point]) -> None:
     for budget in range(min(p.bytes[precision] for p in points), points[-1].bytes["float32"] + 2000, 500):
         fitting = [p for p in points if p.bytes[precision] <= budget]
@@ -147,7 +149,7 @@ def test_command(told: ToldRun, capsys: pytest.CaptureFixture[str]) -> None:
     (marked,) = (line for line in shown.splitlines() if line.strip().startswith(">"))
     assert marked.split()[1:3] == ["4", "8"]
     assert "in a job, under model:   tiers: {phone: 2, units4: 4, server: 16}" in shown
-    command = f"medscale export {told.job_path} --tiers phone=2,units4=4,server=16 --precision float32"
+    command = f"medscale export {told.job_path} --tiers phone=2,units4=4,server=16 --precision float32 --formats none"
     assert f"{command} --runs-dir {told.place}" in shown
     assert (told.directory / "tiers.png").read_bytes().startswith(PNG)
     by_job = shown
