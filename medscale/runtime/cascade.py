@@ -109,7 +109,8 @@ class Cascade:
     ) -> list[int]:
         """Return the `shortlist` that reads the fewest numbers of those that reach a recall on sample queries.
 
-        Queries are as in `recall`, which tells on other ones what the shortlist is worth.
+        They reach it with a standard error to spare, since other queries are not the same. Queries are as in `recall`,
+        which tells on others what the shortlist is worth; some hundreds will do.
 
         Raises:
             ExportError: as `recall`, or the recall asked for is not above 0 and at most 1.
@@ -118,13 +119,14 @@ class Cascade:
         check_k(k)
         if not 0 < recall <= 1:
             raise ExportError(f"recall is {recall!r:.80}; allowed: above 0, up to 1")
-        places_PS = np.concatenate([self._places(query, k) for query in self._queries(queries)])
-        steps = places_PS.shape[1]
+        places_QKS = np.stack([self._places(query, k) for query in self._queries(queries)])
+        num_queries, _, steps = places_QKS.shape
         levels = np.linspace(0, 1, max(3, min(64, int(30_000 ** (1 / steps)))))
-        sizes = [np.unique(np.quantile(places_P, levels, method="higher")).tolist() for places_P in places_PS.T]
+        sizes = [np.unique(np.quantile(places, levels, method="higher")).tolist() for places in places_QKS.T]
         columns = [tier.columns for tier in self._tiers[1:]]
         for choice in sorted(itertools.product(*sizes), key=lambda choice: float(np.dot(choice, columns))):
-            if (places_PS <= choice).all(axis=1).mean() >= recall:
+            found_Q = (places_QKS <= choice).all(axis=2).mean(axis=1)
+            if found_Q.mean() - found_Q.std() / np.sqrt(num_queries) >= recall:
                 return [max(size, k) for size in choice]
         raise AssertionError("the last places of all are among the sizes")
 

@@ -542,7 +542,7 @@ def _ids(table: _Naming, names: Any) -> NDArray[np.int64]:
     except ValueError:
         raise ExportError(f"{table.what}: the nested lists given have unequal lengths") from None
     if ids.size and ids.dtype.kind not in "iu":
-        raise ExportError(f"{table.what}: expected names (str) or ids (int), got {names!r:.80}")
+        raise ExportError(f"{table.what}: expected names (str) or ids (int), one or a list, got {names!r:.80}")
     for index in (ids.min(), ids.max()) if ids.size else ():
         table.check(int(index))
     return ids.astype(np.int64)
