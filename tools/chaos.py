@@ -70,8 +70,8 @@ FAULTS = {
 }  # fmt: skip
 
 
-def trials(tests: list[str]) -> list[dict[str, object]]:
-    """Run the tests whose names begin so; return (name, passed, skipped, seconds) of each trial."""
+def trials(tests: list[str]) -> dict[str, list[dict[str, object]]]:
+    """Run the tests whose names begin so; return by that beginning their trials: name, passed, skipped, seconds."""
     files = sorted({f"tests/{test.split('::')[0]}" for test in tests})
     names = [test.split("::")[1] for test in tests if "::" in test]
     with tempfile.TemporaryDirectory() as folder:
@@ -83,15 +83,20 @@ def trials(tests: list[str]) -> list[dict[str, object]]:
         )  # fmt: skip
         if done.returncode:
             print(done.stdout[-8000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
-        return [
+        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    return {
+        test: [
             {
                 "trial": case.get("name"),
                 "passed": not any(case.find(kind) is not None for kind in ("failure", "error", "skipped")),
                 "skipped": case.find("skipped") is not None,
                 "seconds": round(float(case.get("time", 0)), 1),
             }
-            for case in ElementTree.parse(report).getroot().iter("testcase")
+            for case in cases
+            if f"{str(case.get('classname')).rpartition('.')[2]}.py::{case.get('name')}".startswith(test)
         ]
+        for test in tests
+    }
 
 
 def main() -> int:
@@ -102,10 +107,13 @@ def main() -> int:
     wanted = [fault for fault in FAULTS if not arguments.faults or any(part in fault for part in arguments.faults)]
     if not wanted:
         parser.error(f"no fault is named so; there are: {'; '.join(FAULTS)}")
-    results = {}
+    results, known = {}, dict[str, list[dict[str, object]]]()
     for fault in wanted:
         print(f"{fault} ...", file=sys.stderr, flush=True)
-        results[fault] = trials(FAULTS[fault])
+        # Some tests inject several faults: they need not run for each.
+        if new := [test for test in FAULTS[fault] if test not in known]:
+            known |= trials(new)
+        results[fault] = [case for test in FAULTS[fault] for case in known[test]]
     failed = [fault for fault, cases in results.items() if not all(c["passed"] or c["skipped"] for c in cases)]
     failed += [fault for fault, cases in results.items() if not cases]
     if arguments.json:
