@@ -72,18 +72,8 @@ FAULTS = {
 
 def trials(tests: list[str]) -> dict[str, list[dict[str, object]]]:
     """Run the tests whose names begin so; return by that beginning their trials: name, passed, skipped, seconds."""
-    files = sorted({f"tests/{test.split('::')[0]}" for test in tests})
-    names = [test.split("::")[1] for test in tests if "::" in test]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        choice = ["-k", " or ".join(names)] if names else []
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", *files, *choice, f"--junitxml={report}"],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            print(done.stdout[-8000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
-        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    named = [test for test in tests if "::" in test]
+    cases = [case for some in (named, [test for test in tests if test not in named]) for case in _cases(some)]
     return {
         test: [
             {
@@ -97,6 +87,24 @@ def trials(tests: list[str]) -> dict[str, list[dict[str, object]]]:
         ]
         for test in tests
     }
+
+
+def _cases(tests: list[str]) -> list[ElementTree.Element]:
+    """Run tests, all of whole files or all of others, and return what pytest reports of each."""
+    if not tests:
+        return []
+    files = sorted({f"tests/{test.split('::')[0]}" for test in tests})
+    names = [test.split("::")[1] for test in tests if "::" in test]
+    choice = ["-k", " or ".join(names)] if names else []
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", *files, *choice, f"--junitxml={report}"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            print(done.stdout[-8000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
+        return list(ElementTree.parse(report).getroot().iter("testcase"))
 
 
 def main() -> int:
