@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--graphs-dir", type=Path, default="graphs", metavar="DIR", help="holds that run's graph")
     parser.add_argument("--entities", type=int, default=300_000, metavar="N", help="of the graph to train on else")
     parser.add_argument("--epochs", type=int, default=8, metavar="N")
-    arguments = parse(parser, rows=10_000, queries=5, entities=3_000, epochs=1, precisions=["float32"])
+    arguments = parse(parser, rows=4_000, queries=3, entities=3_000, epochs=1, precisions=["float32"])
     records = []
     for threads in arguments.threads:
         records += measured(arguments.rows, arguments.precisions, arguments.queries, threads)
