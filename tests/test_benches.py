@@ -209,3 +209,6 @@ def test_runtime() -> None:
     chains = [r for r in own if "recall" in r]
     assert all(0 <= r["recall"] <= 1 and r["speedup"] > 0 for r in chains)
     assert next(r for r in chains if r["what"] == "cascade, exact")["recall"] == 1
+    sized = [r for r in chains if "sized" in r["what"]]
+    assert len(sized) == 3
+    assert all(r["recall"] > 0.7 for r in sized)
