@@ -86,19 +86,23 @@ def head(
     folder: Path, variables: Mapping[str, str], host: str = "127.0.0.1", port: int = 0
 ) -> Iterator[tuple[str, int]]:
     """Run `ray start --head`; yield (the dashboard's address, the process)."""
-    port, dashboard = port or free_port(), free_port()
+    port, dashboard, agent = port or free_port(), free_port(), free_port()
     process = subprocess.Popen(
         [
             "ray", "start", "--head", "--block", "--num-cpus=2", f"--node-ip-address={host}", f"--port={port}",
             f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats",
+            f"--dashboard-agent-listen-port={agent}",
         ],
         env=environment(**variables), stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 90
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", dashboard), 1):
+        while True:  # jobs are handed by the dashboard to the agent
+            with (
+                contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", dashboard), 1),
+                socket.create_connection((host, agent), 1),
+            ):  # fmt: skip
                 break
             assert time.monotonic() < deadline, (folder / "head.log").read_text()
             assert process.poll() is None, (folder / "head.log").read_text()
@@ -113,17 +117,31 @@ def head(
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def submit(address: str, submission: list[str], *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Submit a command to the cluster whose dashboard is at `address`, named as users name it."""
+    deadline = time.monotonic() + 60
+    while True:
+        done = subprocess.run(
+            ["ray", "job", "submit", *options, "--", *submission],
+            env=environment(**variables, RAY_ADDRESS=address), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        # a cluster that has just begun does not know its own agent yet
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
+
+
 def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> None:
     """As the README has it, and not without the token."""
     job = write_job(folder, 2, often=60, evaluators=1)
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     with head(folder, variables) as (address, _):
-        submit = ["ray", "job", "submit", "--address", address, "--", *command(job, folder, "submitted")]
-        stranger = {**variables, "RAY_AUTH_TOKEN": "another"}
-        refused = subprocess.run(submit, env=environment(**stranger), capture_output=True, text=True, timeout=120)
+        submission = command(job, folder, "submitted")
+        refused = submit(address, submission, **{**variables, "RAY_AUTH_TOKEN": "another"})
         assert refused.returncode != 0
+        assert "token" in refused.stdout + refused.stderr
         assert not (folder / "submitted").exists()
-        done = subprocess.run(submit, env=environment(**variables), capture_output=True, text=True, timeout=300)
+        done = submit(address, submission, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 workers with" in done.stdout + done.stderr
     require_same(folder, "submitted")
@@ -207,14 +225,9 @@ def test_a_cluster_that_dies_whole_gets_the_job_again(folder: Path) -> None:
     """GCS, raylet, driver and workers are killed at once; a new cluster, and the very same submission."""
     job, variables = write_job(folder, 2), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     log = folder / "headless" / "ring" / "metrics.jsonl"
-
-    def submission(address: str, *options: str) -> list[str]:
-        return ["ray", "job", "submit", "--address", address, *options, "--", *command(job, folder, "headless")]
-
+    submission = command(job, folder, "headless")
     with head(folder, variables) as (address, pid):
-        begun = subprocess.run(
-            submission(address, "--no-wait"), env=environment(**variables), capture_output=True, text=True, timeout=120
-        )
+        begun = submit(address, submission, "--no-wait", **variables)
         assert begun.returncode == 0, begun.stderr
         wait_for(log, '"step": 10,', seconds=150)
         for member in [*descendants(pid), pid]:
@@ -223,9 +236,7 @@ def test_a_cluster_that_dies_whole_gets_the_job_again(folder: Path) -> None:
     # what was a child of those ends when it misses them
     time.sleep(10)
     with head(folder, variables) as (address, _):
-        done = subprocess.run(
-            submission(address), env=environment(**variables), capture_output=True, text=True, timeout=300
-        )
+        done = submit(address, submission, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on from step-" in done.stdout + done.stderr
     require_same(folder, "headless")
