@@ -221,6 +221,7 @@ def test_a_killed_driver_is_submitted_again_and_a_signal_saves(folder: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_cluster_that_dies_whole_gets_the_job_again(folder: Path) -> None:
     """GCS, raylet, driver and workers are killed at once; a new cluster, and the very same submission."""
     job, variables = write_job(folder, 2), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
