@@ -7,10 +7,10 @@ from typing import Final, Literal
 
 import torch
 
-from medscale.config import Job
+from medscale.config import MOST_WORKERS, Job
 from medscale.errors import CapacityError
 from medscale.memory import GraphSize, Memory, memory_of
-from medscale.model.embedding import TableMemory
+from medscale.model.embedding import TableMemory, require_table_memory
 from medscale.model.layout import layout_of
 from medscale.sharding import placement_of
 
@@ -26,9 +26,6 @@ __all__ = [
     "require_memory",
     "smallest_fitting",
 ]
-
-#: no search for a number of workers goes beyond
-MOST_WORKERS = 1024
 
 #: the cache that is tried where the default one does not fit
 _SMALL_CACHE = 0.05
@@ -100,8 +97,11 @@ def require_memory(job: Job, memory: Memory, limits: Limits) -> None:
 
     Raises:
         CapacityError: names what is needed, what there is, and the largest part of it.
+        UnsupportedError: tables that spare a GPU's memory, and no GPU.
 
     """
+    if not on_cuda(job):
+        require_table_memory(job.runtime.table_memory, "cpu")
     _require_part(job, memory.device, limits.device, "GPU memory")
     _require_part(job, memory.host, limits.host, "memory")
 

@@ -32,10 +32,11 @@ def cluster() -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
+        address = _address()
         # What the workers import is what this process imports.
         paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
         ray.init(
-            address=_address(), logging_level="warning", log_to_driver=True, configure_logging=True,
+            address=address, logging_level="warning", log_to_driver=True, configure_logging=True,
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
         )  # fmt: skip
     try:
@@ -50,10 +51,19 @@ def _address() -> str | None:
     """Return where `ray.init` shall go; None: where the environment says.
 
     Ray leaves the address of a cluster that was killed lying about, and would wait minutes for it.
+
+    Raises:
+        UnsupportedError: RAY_ADDRESS is a URL, which only clients outside of a cluster go to.
+
     """
     from ray._private.utils import read_ray_address
 
-    if os.environ.get("RAY_ADDRESS"):
+    if asked := os.environ.get("RAY_ADDRESS"):
+        if "://" in asked:
+            raise UnsupportedError(
+                f"RAY_ADDRESS={asked} is for `ray job submit` and other clients; submit this command there, or set "
+                "RAY_ADDRESS to the HOST:PORT of a cluster that this machine is part of (as ray start --head prints it)"
+            )
         return None
     host, _, port = (read_ray_address() or "").rpartition(":")
     if host:

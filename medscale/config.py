@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 __all__ = [
+    "MOST_WORKERS",
     "PRESETS",
     "CheckpointSection",
     "EvaluateSection",
@@ -31,6 +32,9 @@ __all__ = [
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
+
+#: no job has more worker processes; nor is a plan made for more
+MOST_WORKERS = 1024
 
 #: scorers whose score is minus a distance; the others are products
 DISTANCES = ("transe", "rotate", "pairre")
@@ -364,7 +368,7 @@ class RuntimeSection:
 
     workers: int = key(
         1, "worker processes that train together; more than one are run by Ray, each with a GPU of its own on `cuda`",
-        minimum=1,
+        minimum=1, maximum=MOST_WORKERS,
     )  # fmt: skip
     placement: Literal["auto", "table_wise", "row_wise"] = key(
         "auto",

@@ -341,7 +341,7 @@ def _read_scalar(node: yaml.Node, hint: Any) -> Any:
 def _read_choice(node: yaml.ScalarNode, choices: tuple[str, ...]) -> str:
     if node.value in choices:
         return str(node.value)
-    close = difflib.get_close_matches(node.value[:64], choices, 1)
+    close = difflib.get_close_matches(node.value[:64].lower(), choices, 1)
     guess = f", did you mean {close[0]}?" if close else ""
     raise ValueError(f"{_quoted(node)} is none of the choices{guess}")
 

@@ -22,9 +22,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from medscale import errors
+from medscale.checkpoint import committed, committed_steps, step_of
 from medscale.cluster import cluster
 from medscale.config import Job
-from medscale.errors import CapacityError, MedscaleError, WorkerError
+from medscale.errors import CapacityError, CheckpointError, MedscaleError, WorkerError
 from medscale.evaluators import RayEvaluators, start_evaluators
 from medscale.graph.reader import Graph, open_graph
 from medscale.jobfile import dump_job, parse_job
@@ -49,10 +50,12 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
     Returns why training ended, and the number of the signal that asked for it, if one did.
 
     Raises:
+        CheckpointError: the run directory holds steps of another job.
         CapacityError: the cluster has too few CPUs or GPUs, ever to start the workers.
         WorkerError: workers died, or hung, more often than they are replaced.
 
     """
+    _require_same_run(job, graph, run_directory)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line comes twice
     with cluster(), _asking_to_stop(run_directory / STOP) as signals:
         on_gpus = _require_resources(job)
@@ -85,6 +88,18 @@ def train_on_ray(job: Job, graph: Graph, run_directory: Path, resume: str) -> "t
     if "error" in ending:
         raise getattr(errors, ending["error"])(ending["message"])
     return Outcome[ending["outcome"]], signals[0] if signals else ending["signal"]
+
+
+def _require_same_run(job: Job, graph: Graph, run_directory: Path) -> None:
+    """Refuse a changed job before any worker starts; a damaged step is left for the workers to find and name."""
+    from medscale.trainer import require_same_run
+
+    if steps := committed_steps(run_directory):
+        try:
+            newest = committed(run_directory, step_of(steps[-1]))
+        except CheckpointError:
+            return
+        require_same_run(newest, job, graph)
 
 
 def _fitted(trainer: TorchTrainer) -> Any:

@@ -69,14 +69,14 @@ def add_directories(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("directories")
     group.add_argument(
         "--data-dir",
-        type=Path,
+        type=_directory,
         default=Path(os.environ.get("MEDSCALE_DATA_DIR") or "data"),
         metavar="DIR",
         help="data root that the job's files are relative to (default: $MEDSCALE_DATA_DIR, else data)",
     )
     group.add_argument(
         "--runs-dir",
-        type=Path,
+        type=_directory,
         default=Path("runs"),
         metavar="DIR",
         help="holds run directories (default: runs)",
@@ -95,6 +95,16 @@ def _location(text: str) -> Location:
         return parse_location(text)
     except GraphError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _directory(text: str) -> Path:
+    location = _location(text)
+    if isinstance(location, Path):
+        return location
+    raise argparse.ArgumentTypeError(
+        f"{location} is no directory, and only --graphs-dir takes a URI: runs are committed by renaming, which object "
+        "stores cannot do; name a directory that all nodes see"
+    )
 
 
 def run_command(function: Callable[[], int | None]) -> int:

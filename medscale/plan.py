@@ -20,7 +20,7 @@ from medscale import memory as memory_module
 from medscale import pace as pace_module
 from medscale import traffic as traffic_module
 from medscale.capacity import Limits, advice_on, in_gib, limits_of, on_cuda, require_memory
-from medscale.config import DISTANCES, Job, conflicts
+from medscale.config import DISTANCES, MOST_WORKERS, Job, conflicts
 from medscale.errors import CapacityError, ConfigError
 from medscale.graph.census import take_census
 from medscale.graph.growth import files_of_new_triples, others_wanted
@@ -228,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in positive:
         if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0, and finite")
+    if arguments.workers is not None and arguments.workers > MOST_WORKERS:
+        parser.error(f"--workers {arguments.workers} is more than a job may have: at most {MOST_WORKERS}")
     if arguments.reached > 1:
         parser.error("--reached is a share: at most 1")
     return run_command(lambda: _main(arguments))
@@ -272,6 +274,10 @@ def _main(arguments: argparse.Namespace) -> int:
         print(f"{job.name} fits if its GPUs do; there is none here to ask: --memory-gib says how much memory each has.")
     else:
         print(f"{job.name} fits{f': {advice}' if advice else ''}.")
+    if job.runtime.table_memory == "ssd":
+        print(
+            "Training refuses runtime.table_memory ssd, which is counted only: public builds of FBGEMM lack its tables."
+        )
     return 0
 
 

@@ -64,7 +64,7 @@ from medscale.traffic import bytes_per_step
 from medscale.validation import Evaluators, Validation, count_committed, mrr_by_dim, watched_mrr
 from medscale.workers import ALONE, Workers
 
-__all__ = ["Outcome", "Progress", "Trainer", "batches_of", "initial_scale", "train_worker"]
+__all__ = ["Outcome", "Progress", "Trainer", "batches_of", "initial_scale", "require_same_run", "train_worker"]
 
 
 #: seconds that evaluators are waited for at a time
@@ -184,14 +184,7 @@ class Trainer:
             CheckpointError: it belongs to another job or graph; lists every key that differs.
 
         """
-        changed = changed_keys(checkpoint.facts["job"], job_to_mapping(self.job))
-        if checkpoint.facts["graph_sha256"] != self.graph.sha256:
-            changed.append(f"graph: {self.graph.directory} is not the graph that was trained on")
-        if changed:
-            raise CheckpointError(
-                f"{checkpoint.directory} was trained by another job; it differs in " + "; ".join(changed)
-                + "; change the job back, or give it another name"
-            )  # fmt: skip
+        require_same_run(checkpoint, self.job, self.graph)
         load(checkpoint, self._state(), collective=True)
         self.lineage = checkpoint.facts.get("lineage")
         self.progress = Progress(**checkpoint.facts["progress"])
@@ -474,6 +467,23 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def require_same_run(checkpoint: Checkpoint, job: Job, graph: Graph) -> None:
+    """Refuse a checkpoint that is not of this job and graph.
+
+    Raises:
+        CheckpointError: lists every key that differs.
+
+    """
+    changed = changed_keys(checkpoint.facts["job"], job_to_mapping(job))
+    if checkpoint.facts["graph_sha256"] != graph.sha256:
+        changed.append(f"graph: {graph.directory} is not the graph that was trained on")
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint.directory} was trained by another job; it differs in " + "; ".join(changed)
+            + "; change the job back, or give it another name"
+        )  # fmt: skip
 
 
 def train_worker(

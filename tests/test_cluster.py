@@ -16,7 +16,7 @@ from test_ingest import fingerprint, in_pieces, many, tsv, write
 from medscale import cluster as cluster_module
 from medscale.cluster import HERE, Tasks, cluster
 from medscale.config import GraphSection, SyntheticSection
-from medscale.errors import GraphError, MedscaleError, WorkerError
+from medscale.errors import GraphError, MedscaleError, UnsupportedError, WorkerError
 from medscale.graph import ingest as ingest_module
 from medscale.graph.ingest import ingest
 from medscale.graph.reader import Graph
@@ -196,3 +196,6 @@ def test_the_address_of_a_cluster_that_was_killed_is_not_waited_for(
     assert cluster_module._address() == "local", "nobody listens there any more"
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert cluster_module._address() is None, "the environment's word counts"
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(UnsupportedError, match=r"RAY_ADDRESS=http://127\.0\.0\.1:8265 is for `ray job submit`"):
+        cluster_module._address()

@@ -91,6 +91,7 @@ def test_integers_are_numbers_and_words_are_text() -> None:
         ("epochs: 2", "epochs: 2\n  epoch: 3", 12, r"train\.epoch: is not a key, did you mean train\.epochs"),
         ("epochs: 2", "epochs: 2\n  lr: 3", 12, r"train\.lr: is not a key, did you mean optimizer\.lr\?"),
         ("epochs: 2", "batch_size: 8", 10, r"train\.epochs: is missing; allowed: an integer, at least 1"),
+        ("scorer: transe", "scorer: TransE", 5, r"did you mean transe\?; allowed: one of transe, rotate"),
         ("scorer: transe", "scorer: transee", 5, r"did you mean transe\?; allowed: one of transe, rotate"),
         ("dims: [4, 8]", "dims: [4, x]", 6, r"model\.dims\[1\]: 'x' is not an integer"),
         ("dims: [4, 8]", "dims: [0, 4, 8]", 6, r"model\.dims\[0\]: 0 is too small"),

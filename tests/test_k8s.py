@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 from medscale.jobfile import load_job
 
 ROOT = Path(__file__).resolve().parents[1]
-OVERLAYS = sorted(path.name for path in (ROOT / "k8s" / "overlays").iterdir())
+OVERLAYS = sorted(path.name for path in (ROOT / "k8s" / "overlays").glob("[!.]*"))
 Document = dict[str, Any]
 
 
@@ -199,3 +200,50 @@ def test_pods_mount_the_generated_job_and_the_shared_storage() -> None:
         assert volumes["storage"]["persistentVolumeClaim"]["claimName"] == "medscale"
     entrypoint = of_kind(documents, "RayJob")["spec"]["entrypoint"]
     assert entrypoint.startswith("python -m medscale.train /job/job.yaml")
+
+
+def test_whichever_pod_comes_first_decides_on_the_node_of_a_volume_that_one_node_mounts() -> None:
+    documents = rendered("cpu-smoke")
+    cluster = cluster_of(documents)
+    for template in (cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]["template"]):
+        (term,) = template["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        chosen = term["labelSelector"]["matchLabels"]
+        assert chosen.items() <= template["metadata"]["labels"].items(), "a pod may be the first"
+    submitter = of_kind(documents, "RayJob")["spec"]["submitterPodTemplate"]["metadata"]["labels"]
+    assert not chosen.items() <= submitter.items(), "the pod that submits mounts nothing, and may be anywhere"
+
+
+@pytest.fixture
+def with_object_store() -> Iterator[list[Document]]:
+    """The smallest overlay, with the component added."""
+    with tempfile.TemporaryDirectory(dir=ROOT / "k8s" / "overlays", prefix=".") as folder:
+        shutil.copytree(ROOT / "k8s" / "overlays" / "cpu-smoke", folder, dirs_exist_ok=True)
+        path = Path(folder) / "kustomization.yaml"
+        path.write_text(path.read_text() + "components: [../../components/object-store]\n")
+        yield rendered(Path(folder).name)
+
+
+def test_graphs_in_an_object_store_are_reached_with_credentials_of_a_secret(
+    with_object_store: list[Document], rayjob_schema: Document
+) -> None:
+    job = of_kind(with_object_store, "RayJob")
+    jsonschema.validate(job, rayjob_schema)
+    assert "--graphs-dir s3://" in job["spec"]["entrypoint"]
+    for pod in list(pods(with_object_store))[:2]:
+        assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "medscale-object-store"}}]
+    egress = of_kind(with_object_store, "NetworkPolicy")["spec"]["egress"]
+    assert [rule["ports"] for rule in egress if "0.0.0.0/0" in str(rule)] == [[{"port": 443, "protocol": "TCP"}]]
+    for rule, (holds, _) in RULES.items():
+        assert holds(with_object_store), rule
+
+
+def test_the_pod_that_copies_files_is_as_safe_as_the_others() -> None:
+    pod = yaml.safe_load((ROOT / "k8s" / "volume.yaml").read_text())["spec"]
+    worker = next(pods(rendered("cpu-smoke")))
+    for key in ("securityContext", "automountServiceAccountToken", "enableServiceLinks"):
+        assert pod[key] == worker[key], key
+    (container,) = pod["containers"]
+    assert container["securityContext"] == worker["containers"][0]["securityContext"]
+    assert _pinned(container["image"])
+    assert {"cpu", "memory"} <= container["resources"]["limits"].keys()
+    assert pod["volumes"] == [volume for volume in worker["volumes"] if volume["name"] == "storage"]

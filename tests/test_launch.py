@@ -109,12 +109,9 @@ def head(
             time.sleep(0.5)
         yield f"http://127.0.0.1:{dashboard}", process.pid
     finally:
-        # The command ends what it started; all killed at once it would wait for them.
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        # Asked to end it would wait half a minute for its node to be empty.
+        kill_with_descendants(process.pid)
+        process.wait()
 
 
 def submit(address: str, submission: list[str], *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -152,6 +149,12 @@ def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> 
     assert (folder / "submitted" / "ring" / "export" / "phone" / "manifest.json").exists()
     run = [path.read_bytes() for path in (folder / "submitted").rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in data for data in run), "the token stays out of what is kept"
+    changed = folder / "changed.yaml"
+    changed.write_text(job.read_text().replace("seed: 0", "seed: 7"))
+    refused = train(changed, folder, "submitted")
+    assert refused.returncode == 4
+    assert "seed: 0 -> 7" in refused.stderr
+    assert "Ray" not in refused.stderr, "no cluster was started to find that out"
 
 
 def descendants(pid: int) -> list[int]:
@@ -163,6 +166,12 @@ def descendants(pid: int) -> list[int]:
             if parent == pid:
                 found += [child, *descendants(child)]
     return found
+
+
+def kill_with_descendants(pid: int) -> None:
+    for member in [*descendants(pid), pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
 
 
 def own_address() -> str | None:
@@ -231,9 +240,7 @@ def test_a_cluster_that_dies_whole_gets_the_job_again(folder: Path) -> None:
         begun = submit(address, submission, "--no-wait", **variables)
         assert begun.returncode == 0, begun.stderr
         wait_for(log, '"step": 10,', seconds=150)
-        for member in [*descendants(pid), pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(member, signal.SIGKILL)
+        kill_with_descendants(pid)
     # what was a child of those ends when it misses them
     time.sleep(10)
     with head(folder, variables) as (address, _):

@@ -45,7 +45,7 @@ def test_torchrec_is_told_kernel_workers_and_cache(memory: TableMemory, by: str)
 
 def test_the_module_gets_kernel_and_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Built on a CPU, where FBGEMM has no cache: what TorchRec hands to FBGEMM is looked at, not what a GPU does."""
-    monkeypatch.setattr(embedding, "_require_memory", lambda memory, device: None)
+    monkeypatch.setattr(embedding, "require_table_memory", lambda memory, device_type: None)
     job = job_for(table_memory="uvm_caching", cache_fraction=0.3)
     layout = layout_of(job.model, 90, 4)
     with process_group(CPU):
@@ -74,7 +74,7 @@ def test_places_that_this_machine_lacks_are_refused() -> None:
                 layout, *fused_optimizer(job.optimizer, CPU), device=CPU, placement=placement_of(layout, job.runtime)
             )
     with pytest.raises(UnsupportedError, match=r"this build of FBGEMM lacks .* \(EmbeddingRocksDBWrapper\)"):
-        embedding._require_memory("ssd", torch.device("cuda"))
+        embedding.require_table_memory("ssd", "cuda")
 
 
 @pytest.mark.parametrize(

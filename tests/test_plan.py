@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from toy import toy_job
 
 from medscale.capacity import Limits, fitting, free_in_group, smallest_fitting
@@ -135,6 +136,22 @@ def test_expected_time_is_bytes_over_stated_speeds() -> None:
     assert plan(job, BILLION, slow).step_seconds["network"] == pytest.approx(sent / 1e9)
     assert plan(job, BILLION, fast).step_seconds["network"] == pytest.approx(sent / 1e11)
     assert plan(job_for(32, 80), BILLION).step_seconds == {}, "on a CPU nothing is expected"
+
+
+def test_the_command_refuses_machines_that_no_job_can_have(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        medscale(["plan", str(SKG), "--workers", "1000000", *HUGE])
+    assert "--workers 1000000 is more than a job may have: at most 1024" in capsys.readouterr().err
+    cached = tmp_path / "cached.yaml"
+    cached.write_text(SKG.read_text().replace("device: cuda", "device: auto\n  table_memory: uvm_caching"))
+    assert "table_memory" in cached.read_text()
+    if not torch.cuda.is_available():
+        assert medscale(["plan", str(cached), *HUGE[2:]]) == 9
+        assert "this job runs on the CPU; use device" in capsys.readouterr().err
+    assert medscale(["plan", str(cached), "--memory-gib", "80", "--workers", "16", *HUGE]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        medscale(["plan", str(SKG), "--runs-dir", "s3://bucket/runs", *HUGE])
+    assert "s3://bucket/runs is no directory, and only --graphs-dir takes a URI" in capsys.readouterr().err
 
 
 def test_the_command_says_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,6 +109,7 @@ def _cases(tests: list[str]) -> list[ElementTree.Element]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = "faults:\n" + "\n".join(f"  {fault}" for fault in FAULTS)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help="parts of faults' names; default: all")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()

@@ -46,6 +46,7 @@ __all__ = [
     "TableMemory",
     "TableRows",
     "initial_relations",
+    "require_table_memory",
     "sharding_plan",
 ]
 
@@ -105,7 +106,7 @@ class EntityTable(nn.Module):
                 "FBGEMM_TBE_BOUNDS_CHECK_MODE is set and would let ids out of range read row 0; unset it"
             )
         placement = placement or Placement(dict.fromkeys((block.name for block in layout.blocks), 0))
-        _require_memory(placement.memory, device)
+        require_table_memory(placement.memory, device.type)
         self.layout, self.workers, self.num_frozen = layout, workers, num_frozen
         # Each worker's loss is its share of the job's, so gradients add up; TorchRec would take their mean.
         set_gradient_division(False)
@@ -252,7 +253,7 @@ def _sharder() -> EmbeddingBagCollectionSharder:
     return EmbeddingBagCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
 
 
-def _require_memory(memory: TableMemory, device: torch.device) -> None:
+def require_table_memory(memory: TableMemory, device_type: str) -> None:
     """Refuse a place of the tables that this device or this build of FBGEMM does not offer.
 
     Raises:
@@ -261,7 +262,7 @@ def _require_memory(memory: TableMemory, device: torch.device) -> None:
     """
     if memory == "device":
         return
-    if device.type != "cuda":
+    if device_type != "cuda":
         raise UnsupportedError(
             f"runtime.table_memory {memory} spares the memory of a GPU, and this job runs on the CPU; use device"
         )
