@@ -13,6 +13,7 @@ VERBS = {
     "prepare": "turn raw files, or a generator, into a graph directory; `train` does it the first time",
     "plan": "say what a job will need (memory, parameters, steps, files) before anything runs",
     "train": "run a whole job: prepare, train, evaluate, export; goes on where it stopped; --extend adds triples",
+    "search": "train a job with every combination of some keys' values, and write the best as a job file",
     "evaluate": "rank a split at every sub-model, from the best checkpoint",
     "export": "cut the tiers out of a checkpoint into files to ship",
     "predict": "answer a Parquet file of queries with the best entities of an exported tier",

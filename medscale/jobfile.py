@@ -22,7 +22,16 @@ import yaml
 from medscale.config import PRESETS, Job, conflicts
 from medscale.errors import ConfigError
 
-__all__ = ["describe", "dump_job", "job_to_mapping", "json_schema", "load_job", "parse_job", "section_keys"]
+__all__ = [
+    "describe",
+    "dump_job",
+    "job_to_mapping",
+    "json_schema",
+    "load_job",
+    "parse_job",
+    "section_keys",
+    "with_values",
+]
 
 MAX_BYTES = 256 * 1024
 _ALLOWED_SIZE = f"allowed: at most {MAX_BYTES // 1024} KiB"
@@ -510,13 +519,45 @@ def dump_job(job: Job) -> str:
     return "\n".join(_lines(job_to_mapping(job), "")) + "\n"
 
 
+def with_values(job: Job, values: Mapping[str, str], source: str) -> Job:
+    """Return the job with some keys (`section.key`) set to what is written for them, in YAML.
+
+    Raises:
+        ConfigError: there is no such key, or it takes no such value.
+
+    """
+    mapping, problems = job_to_mapping(job), []
+    section: Any
+    for path, text in values.items():
+        *sections, name = path.split(".")
+        section = mapping
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or name not in section:
+            problems.append(f"{source}: {path}: is not a key; allowed: section.key, see jobs/README.md")
+        elif "\n" in text:
+            problems.append(f"{source}: {path}: has several lines; allowed: one, such as [10, 20] for a list")
+        else:
+            section[name] = _AsWritten(text)
+    if problems:
+        raise ConfigError(problems)
+    words = ", ".join(f"{path}={text}" for path, text in values.items())
+    return parse_job("\n".join(_lines(mapping, "")) + "\n", f"{source} with {words}" if words else source)
+
+
+class _AsWritten(str):
+    """YAML already."""
+
+    __slots__ = ()
+
+
 def _lines(mapping: Mapping[str, Any], indent: str) -> Iterator[str]:
     for name, value in mapping.items():
         if isinstance(value, dict) and value:
             yield f"{indent}{_yaml(name)}:"
             yield from _lines(value, f"{indent}  ")
         else:
-            yield f"{indent}{_yaml(name)}: {_yaml(value)}"
+            yield f"{indent}{_yaml(name)}: {value if isinstance(value, _AsWritten) else _yaml(value)}"
 
 
 def _yaml(value: Any) -> str:

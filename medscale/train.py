@@ -4,10 +4,13 @@ With `--extend FILES` it does so for a run that grows out of the job's own by ne
 """
 
 import argparse
+import contextlib
 import gc
+import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from medscale.config import Job
@@ -24,7 +27,7 @@ from medscale.prepare import prepare
 from medscale.storage import run_lock
 from medscale.trainer import Outcome, train_worker
 
-__all__ = ["main", "train"]
+__all__ = ["main", "time_limit", "train"]
 
 
 def train(job: Job, graph: Graph, run_directory: Path, *, resume: str | None = None) -> tuple[Outcome, int | None]:
@@ -50,6 +53,24 @@ def train(job: Job, graph: Graph, run_directory: Path, *, resume: str | None = N
         device = choose_device(job.runtime)
         with process_group(device) as workers:
             return train_worker(job, graph, run_directory, device, workers, resume)
+
+
+@contextlib.contextmanager
+def time_limit(minutes: float | None) -> Iterator[threading.Event]:
+    """Ask a `train` inside of the block to save and stop after some minutes; yields what tells whether it was asked."""
+    rang = threading.Event()
+
+    def ring() -> None:
+        rang.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer((minutes or 0) * 60, ring)
+    if minutes is not None:
+        timer.start()
+    try:
+        yield rang
+    finally:
+        timer.cancel()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

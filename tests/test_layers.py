@@ -23,10 +23,10 @@ LAYERS = (
     ("results", "markup", "figures", "places", "namehash", "tierfiles", "shardfiles", "versions"),
     (
         "trainer", "prepare", "evaluate", "split", "onnx_model", "search_index", "formats", "fidelity", "memory",
-        "pace", "capacity", "plan", "doctor", "answers",
+        "pace", "capacity", "plan", "doctor", "answers", "baselines",
     ),
     ("tiers", "page", "report"),
-    ("launch", "readers", "evaluators", "extend", "train", "export", "predict", "cli"),
+    ("launch", "readers", "evaluators", "extend", "train", "search", "export", "predict", "cli"),
 )  # fmt: skip
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

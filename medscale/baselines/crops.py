@@ -25,6 +25,7 @@ from torch import Tensor
 
 from medscale.config import Job
 from medscale.errors import ConfigError
+from medscale.graph.side import Side
 from medscale.loss.bce import logits_of
 from medscale.model.embedding import TableRows
 from medscale.model.layout import Layout
@@ -96,7 +97,8 @@ def arranged(
 
 
 def _reordered(rows_NC: Tensor, order_U: Tensor, unit_columns: int) -> Tensor:
-    return rows_NC.unflatten(1, (-1, unit_columns))[:, order_U].flatten(1)
+    units_NUc: Tensor = rows_NC.unflatten(1, (-1, unit_columns))
+    return units_NUc[:, order_U].flatten(1)
 
 
 def unit_magnitudes(rows_EC: Tensor, relations_RC: Tensor, scorer: Scorer) -> Tensor:
@@ -138,11 +140,12 @@ def _queries(
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """Yield (query [P, C], the scorer's factor on candidates [P, C] if it has one, true answer [P]) of both sides."""
     scorer = layout.scorer
-    for side in ("tail", "head"):
+    sides: tuple[Side, ...] = ("tail", "head")
+    for side in sides:
         for start in range(0, len(triples), step):
             head_P, relation_P, tail_P = torch.from_numpy(triples[start : start + step]).unbind(1)
             known_P, target_P = (head_P, tail_P) if side == "tail" else (tail_P, head_P)
-            asked = side
+            asked: Side = side
             if layout.reciprocal and side == "head":
                 relation_P, asked = relation_P + layout.num_relations, "tail"
             relation_PC = relations_RC[relation_P]
@@ -152,17 +155,18 @@ def _queries(
 
 def _unit_sums(scorer: Scorer, query_P1C: Tensor, candidates_PKC: Tensor) -> Tensor:
     """Return what each unit adds to a score before the root of L2, [P, K, U]."""
-    units = (-1, scorer.unit_columns)
-    if not scorer.is_distance:
-        return (query_P1C * candidates_PKC).unflatten(-1, units).sum(-1)
-    difference_PKUc = (query_P1C - candidates_PKC).unflatten(-1, units)
+    terms_PKC = query_P1C - candidates_PKC if scorer.is_distance else query_P1C * candidates_PKC
+    terms_PKUc: Tensor = terms_PKC.unflatten(-1, (-1, scorer.unit_columns))
     match scorer.geometry:
-        case "l1":
-            return -difference_PKUc.abs().sum(-1)
+        case "product":
+            sums_PKU: Tensor = terms_PKUc.sum(-1)
         case "l2":
-            return -difference_PKUc.square().sum(-1)
+            sums_PKU = -terms_PKUc.square().sum(-1)
+        case "l1":
+            sums_PKU = -terms_PKUc.abs().sum(-1)
         case _:
-            return -torch.linalg.vector_norm(difference_PKUc, dim=-1)
+            sums_PKU = -torch.linalg.vector_norm(terms_PKUc, dim=-1)
+    return sums_PKU
 
 
 def _scores(scorer: Scorer, sums: Tensor) -> Tensor:
