@@ -38,6 +38,8 @@ __all__ = ["Trial", "best_of", "combinations", "main", "search"]
 
 #: what a search leaves in its directory, beside the run of a trial that is not finished
 _TRIALS, _BEST = "search.json", "best.yaml"
+#: what is tried where nothing is said
+_RATES = "optimizer.lr=0.0001,0.0005,0.001,0.01"
 #: a comma that is not inside of a list
 _BETWEEN_VALUES = re.compile(r",(?![^\[{]*[\]}])")
 
@@ -179,14 +181,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "stopped, and more values add trials.",
     )
     parser.add_argument(
-        "--vary", action="append", required=True, metavar="KEY=VALUE,VALUE",
-        help="values of a key to try, such as optimizer.lr=0.1,0.03,0.01; again for other keys",
+        "--vary", action="append", default=[], metavar="KEY=VALUE,VALUE",
+        help=f"values of a key to try; again for other keys (default: the paper's {_RATES})",
     )  # fmt: skip
     parser.add_argument("--trials", type=int, metavar="N", help="try so many combinations, drawn by the job's seed")
     parser.add_argument("--minutes", type=float, metavar="M", help="end each trial's training after so long")
     arguments = parser.parse_args(argv)
     open_values: dict[str, list[str]] = {}
-    for words in arguments.vary:
+    for words in arguments.vary or [_RATES]:
         key, equals, values = words.partition("=")
         if not equals or not all(_BETWEEN_VALUES.split(values)):
             parser.error(f"--vary {words}: allowed: KEY=VALUE,VALUE, such as optimizer.lr=0.1,0.03")

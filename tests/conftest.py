@@ -18,6 +18,18 @@ from toy import write_toy_graph
 
 from medscale.graph.reader import Graph
 
+#: files whose tests wait for processes and clusters: begun first, or one of them ends long after all others
+_LONG = (
+    "test_launch", "test_extend", "test_workers", "test_ray_actors", "test_split", "test_reproduce", "test_export",
+    "test_search", "test_predict", "test_cluster", "test_trainer", "test_checkpoint",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first; `--no-loadscope-reorder` keeps the order."""
+    places = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(_LONG)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:

@@ -23,23 +23,24 @@ install_everything() (
     # Builds of the other flavour would satisfy the same requirements and stay, so the environment is made afresh.
     [ "$(cut -d' ' -f1 "$venv/medscale-setup" 2>/dev/null)" = "$flavour" ] || rm -rf "$venv"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    # Modules are compiled when they are first imported: most never are, and compiling all takes as long as the rest.
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check) scratch
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT
     if [ "$flavour" = cpu ]; then
-        "${pip[@]}" install -q 'pip>=23.2'
+        "${pip[@]}" install -q --no-compile 'pip>=23.2'
         # The configured sources first; PyTorch's own index of CPU builds where they have none.
         cpu_index=https://download.pytorch.org/whl/cpu
-        "${pip[@]}" install -q "torch==$torch_version+cpu" 2>"$scratch/torch.log" ||
-            "${pip[@]}" install -q "torch==$torch_version+cpu" --index-url "$cpu_index" ||
+        "${pip[@]}" install -q --no-compile "torch==$torch_version+cpu" 2>"$scratch/torch.log" ||
+            "${pip[@]}" install -q --no-compile "torch==$torch_version+cpu" --index-url "$cpu_index" ||
             { cat "$scratch/torch.log" >&2; exit 1; }
         # torchrec asks for `fbgemm-gpu` by name, which on the configured sources is the CUDA wheel; the CPU build has
         # another name there and owns the same folder. An empty wheel of the asked name that needs the CPU build keeps
         # the CUDA one out and `pip check` clean. PyTorch's index has the CPU build under the asked name.
-        if "${pip[@]}" install -q "fbgemm-gpu-cpu==$fbgemm_version" 2>"$scratch/fbgemm.log"; then
+        if "${pip[@]}" install -q --no-compile "fbgemm-gpu-cpu==$fbgemm_version" 2>"$scratch/fbgemm.log"; then
             "$venv/bin/python" tools/fbgemm_cpu_shim.py "$fbgemm_version" "$scratch"
         else
-            "${pip[@]}" install -q "fbgemm-gpu==$fbgemm_version+cpu" --index-url "$cpu_index" ||
+            "${pip[@]}" install -q --no-compile "fbgemm-gpu==$fbgemm_version+cpu" --index-url "$cpu_index" ||
                 { cat "$scratch/fbgemm.log" >&2; exit 1; }
         fi
         printf '%s\n' "torch==$torch_version+cpu" "torchrec==$torchrec_version" \
@@ -48,7 +49,7 @@ install_everything() (
         printf '%s\n' "torch==$torch_version" "torchrec==$torchrec_version" \
             "fbgemm-gpu==$fbgemm_version" > "$scratch/constraints.txt"
     fi
-    "${pip[@]}" install -q --find-links "$scratch" -c "$scratch/constraints.txt" -e '.[test]'
+    "${pip[@]}" install -q --no-compile --find-links "$scratch" -c "$scratch/constraints.txt" -e '.[test]'
     "${pip[@]}" check
     echo "$wanted" > "$venv/medscale-setup"
 )
