@@ -40,6 +40,7 @@ def reproduce(place: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_table_grows_cell_by_cell(place: Path) -> None:
     out = place / "out"
     done = reproduce(place, "--budget", "0.04", "--trial-minutes", "0.02")

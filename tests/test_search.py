@@ -81,6 +81,7 @@ def test_combinations_are_all_or_a_seeded_sample() -> None:
     assert combinations(values, 10, 0) == every
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
     write_toy_graph(tmp_path / "data")
     job = tmp_path / "ring.yaml"

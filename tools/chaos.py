@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: fault: the tests that inject it
 FAULTS = {
     "kill -9 at a random step": ["test_trainer.py::test_killed_anywhere", "test_trainer.py::test_twenty_random_kills"],
+    "kill -9 in a search": ["test_search.py::test_a_killed_search"],
     "kill -9 inside a save": ["test_trainer.py::test_killed_anywhere"],
     "another number of workers": [
         "test_workers.py::test_a_run_goes_on_with_another", "test_workers.py::test_each_triple_is_trained",
