@@ -132,6 +132,7 @@ def submit(address: str, submission: list[str], *options: str, **variables: str)
         time.sleep(1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_job_submitted_to_a_cluster_ends_as_one_worker_would(folder: Path) -> None:
     """As the README has it, and not without the token."""

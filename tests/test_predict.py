@@ -85,6 +85,7 @@ def test_scans_parts_and_row_groups_do_not_matter(tiers: Path, tmp_path: Path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "q.parquet"]
 
 
+@pytest.mark.slow
 def test_tasks_on_ray_give_the_same_bytes(tiers: Path, tmp_path: Path) -> None:
     queries = queries_file(tmp_path / "q.parquet", asked(40), row_group_size=20)
     assert predict(tiers / "server", queries, tmp_path / "one.parquet", k=4) == (40, 0)
