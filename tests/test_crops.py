@@ -92,8 +92,25 @@ def test_principal_axes_keep_distances_and_come_by_variance() -> None:
     torch.testing.assert_close(
         (model.rows_EC[:RELATIONS] + model.relations_RC[:RELATIONS]).norm(dim=1), translated.norm(dim=1)
     )
-    with pytest.raises(ConfigError, match="pca keeps the scores of transe alone, not of rotate"):
-        arranged("pca", job_of("rotate"), *model_of(job_of("rotate")), triples())
+
+
+@pytest.mark.parametrize("scorer", ["rotate", "pairre", "simple", "complex", "distmult"])
+def test_principal_axes_keep_relations_that_act_on_all_units_alike(scorer: str) -> None:
+    job = job_of(scorer)
+    rows_EC, relations_RC, layout = model_of(job)
+    rows_EC *= torch.tensor([1.0, 5.0, 0.1, 2.0, 3.0, 0.5]).repeat_interleave(layout.scorer.unit_columns)
+    relations_RC = relations_RC[:, : layout.scorer.relation_unit_columns].repeat(1, UNITS)
+    model = arranged("pca", job, rows_EC, relations_RC, layout, triples())
+    torch.testing.assert_close(model.relations_RC, relations_RC, rtol=1e-5, atol=1e-5)
+    size_of_unit_U = model.rows_EC.sub(model.rows_EC.mean(0)).square().sum(0).unflatten(0, (UNITS, -1)).sum(1)
+    assert torch.equal(size_of_unit_U, size_of_unit_U.sort(descending=True).values)
+    query_TC, query_before_TC = (
+        layout.scorer.query(rows[:RELATIONS], relations, "tail")
+        for rows, relations in ((model.rows_EC, model.relations_RC), (rows_EC, relations_RC))
+    )
+    torch.testing.assert_close(query_TC.norm(dim=1), query_before_TC.norm(dim=1), rtol=1e-5, atol=1e-5)
+    if not layout.scorer.is_distance:
+        torch.testing.assert_close(query_TC @ model.rows_EC.T, query_before_TC @ rows_EC.T, rtol=1e-4, atol=1e-4)
 
 
 def test_crops_are_first_columns_and_no_wider_than_the_model() -> None:

@@ -8,7 +8,7 @@ The paper arranges the units of the largest directly trained model by importance
 
 and, for its applications, projects rows to their principal axes:
 
-    pca      of entities and relations alike; scores add up over units, so axes must serve both
+    pca      of entities and relations alike: scores add up over units, so the same axes must serve both
 
 One arranged table serves all dims, because the crops of it nest.
 """
@@ -76,7 +76,7 @@ def arranged(
     """Return a directly trained model with its columns arranged; `validation` is int64 [T, 3], for `ext-l` alone.
 
     Raises:
-        ConfigError: the model was not trained for one dim alone, or has no principal axes that keep its scores.
+        ConfigError: the model was not trained for one dim alone.
 
     """
     if len(layout.dims) != 1:
@@ -188,21 +188,40 @@ def _loss_of(job: Job, layout: Layout) -> Callable[[Tensor], Tensor]:
 
 
 def _projected(rows_EC: Tensor, relations_RC: Tensor, layout: Layout) -> Arranged:
-    """Return rows on the principal axes of the entities.
+    """Return rows on the principal axes of the entities' units, most varied first.
 
-    Translations survive any rotation of the axes: |h + r - t| is the same in all of them for L2, and is kept for the
-    most varied directions first; L1 distances are then taken along the new axes. A complex rotation or a product by a
-    relation acts on each unit by itself, and mixing units destroys it.
-
-    Raises:
-        ConfigError: the scorer does not translate.
-
+    Translations survive any rotation of the axes: |h + r - t| is the same in all of them for L2; L1 distances are taken
+    along the new axes. The other scorers' relations act on each unit by itself, as diagonal matrices, which new axes
+    make dense: what is kept is their diagonal there, the nearest relation that acts unit by unit. Units of RotatE and
+    ComplEx are complex numbers and have complex axes; both halves of SimplE's share theirs.
     """
-    if layout.scorer.name not in ("transe", "transe_l2"):
-        raise ConfigError([f"model.scorer: pca keeps the scores of transe alone, not of {layout.scorer.name}"])
-    centred_EC = (rows_EC - rows_EC.mean(0)).double()
-    _, axes_CC = torch.linalg.eigh(centred_EC.T @ centred_EC)
-    # Eigenvectors come by rising variance, and with either sign.
-    axes_CC = axes_CC.flip(1)
-    axes_CC = axes_CC * axes_CC.gather(0, axes_CC.abs().argmax(0, keepdim=True)).sign()
-    return Arranged((rows_EC.double() @ axes_CC).float(), (relations_RC.double() @ axes_CC).float(), layout)
+    scorer = layout.scorer
+    is_complex = scorer.name in ("rotate", "complex")
+
+    def units(rows_NC: Tensor, parts: int) -> Tensor:
+        """Return the units of rows [N, parts, U], complex where they are."""
+        parts_NUp = rows_NC.double().unflatten(1, (-1, 2 if is_complex else parts))
+        return torch.view_as_complex(parts_NUp.contiguous()).unsqueeze(1) if is_complex else parts_NUp.transpose(1, 2)
+
+    entities_EpU = units(rows_EC, scorer.unit_columns)
+    centred_NU = (entities_EpU - entities_EpU.mean(0)).flatten(0, 1)
+    _, axes_UU = torch.linalg.eigh(centred_NU.mH @ centred_NU)
+    # Eigenvectors come by rising variance, and with any sign, or phase.
+    axes_UU = axes_UU.flip(1)
+    axes_UU = axes_UU / torch.sgn(axes_UU.gather(0, axes_UU.abs().argmax(0, keepdim=True)))
+    if scorer.name == "rotate":
+        turns_RU = torch.polar(torch.ones_like(relations_RC, dtype=torch.float64), relations_RC.double())
+        relations = (turns_RU @ axes_UU.abs().square().to(turns_RU)).angle()
+    elif scorer.name == "transe":
+        relations = relations_RC.double() @ axes_UU
+    else:
+        diagonals_RpU = units(relations_RC, scorer.relation_unit_columns)
+        relations = _interleaved(diagonals_RpU @ axes_UU.abs().square().to(diagonals_RpU))
+    return Arranged(_interleaved(entities_EpU @ axes_UU).float(), relations.float(), layout)
+
+
+def _interleaved(units_NpU: Tensor) -> Tensor:
+    """Return rows [N, U x columns of a unit] of units [N, parts, U], which may be complex."""
+    if units_NpU.is_complex():
+        return torch.view_as_real(units_NpU.squeeze(1)).flatten(1)
+    return units_NpU.transpose(1, 2).flatten(1)
