@@ -413,6 +413,31 @@ class Tables:
         load(self.checkpoint, {"dense": {"relations": table}}, collective=False)
         return table
 
+    def row_state(self, column: int) -> Tensor:
+        """float32[E]: row-wise Adagrad's state of all rows in the block that holds a column.
+
+        Raises:
+            CheckpointError: the run had another optimizer.
+
+        """
+        self._require_rowwise_adagrad()
+        (block,) = (b for b in self.layout.blocks if b.start <= column < b.start + b.width)
+        state = torch.empty(self.layout.num_entities)
+        load(self.checkpoint, {"fused": {f"{block.name}.momentum1": state}}, collective=False)
+        return state
+
+    def relation_state(self) -> Tensor:
+        """float32[rows, R]: Adagrad's state of the relation table.
+
+        Raises:
+            CheckpointError: the run had another optimizer.
+
+        """
+        self._require_rowwise_adagrad()
+        state = torch.empty_like(self.relation_table)
+        load(self.checkpoint, {"dense_optimizer": {"sum": state}}, collective=False)
+        return state
+
     def shard(self, part: slice, others: NDArray[np.int64]) -> "ShardRows":
         """Return the rows of a part of the entities, and single ones of others by id (sorted)."""
         start, stop, _ = part.indices(self.layout.num_entities)
@@ -447,6 +472,11 @@ class Tables:
                 part = columns[:, block.start : block.start + block.width]
                 part[:] = rows_of(_key(block))[:, : part.shape[1]]
         return columns
+
+    def _require_rowwise_adagrad(self) -> None:
+        kind = self.facts["job"]["optimizer"]["kind"]
+        if kind != "rowwise_adagrad":
+            raise CheckpointError(f"{self.checkpoint.directory} was trained by {kind}, not by rowwise_adagrad")
 
     @cached_property
     def _stored(self) -> StoredRows:

@@ -13,6 +13,8 @@ __all__ = [
     "MOST_WORKERS",
     "PRESETS",
     "CheckpointSection",
+    "DistillSection",
+    "EncoderSection",
     "EvaluateSection",
     "ExportSection",
     "ExtendSection",
@@ -138,8 +140,9 @@ class ModelSection:
     damping: tuple[float, ...] = key(
         (1.0,),
         "kappa: a sub-model's score = its own level's + kappa x the score of the one below; one for all levels, or one "
-        "per level above the first; below 1 needs at most 8 sub-models",
-        above=0,
+        "per level above the first; below 1 needs at most 8 sub-models; 0: the level is a model of its own beside "
+        "them, as distillation needs",
+        minimum=0,
         maximum=1,
     )
     block_units: int | None = key(
@@ -154,6 +157,20 @@ class ModelSection:
         "(margin + 2) / largest dim, or 0.001 with softmax over products, or (largest dim)^(-1/6)",
         above=0,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSection:
+    """Entities composed of parts that they share, instead of a row each (parameter-efficient baselines)."""
+
+    kind: Literal["none", "nodepiece", "earl"] = key(
+        "none", "a row for each entity; or NodePiece: anchors and relations; or EARL: reserved entities and neighbours"
+    )
+    reserved: int = key(500, "NodePiece's anchors, EARL's reserved entities: these alone have vectors", minimum=1)
+    nearest: int = key(10, "of them, how many an entity is composed of", minimum=1)
+    relations: int = key(6, "NodePiece: relations at an entity that it is composed of, at most", minimum=1)
+    neighbours: int = key(8, "EARL: neighbours of an entity that it is composed of", minimum=1)
+    lr: float = key(0.02, "learning rate of all parts and of the network that joins them, by Adagrad", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,9 +206,11 @@ class LossSection:
         "binary cross-entropy on logits a_i (gamma_i + s_i), or cross-entropy over candidates",
     )
     margin: float = key(9.0, "gamma of the largest sub-model (distances; products have none)", minimum=0)
-    margin_scaling: Literal["sqrt", "equal"] = key("sqrt", "gamma_i = margin x sqrt(d_i / d_n), or the same for all")
-    temperature: Literal["sqrt", "one"] = key(
-        "sqrt", "distances: a_i = sqrt(d_n / d_i), or 1 for all; products always use 1"
+    margin_scaling: Literal["sqrt", "linear", "equal"] = key(
+        "sqrt", "gamma_i = margin x sqrt(d_i / d_n), or margin x d_i / d_n, or the same for all"
+    )
+    temperature: Literal["sqrt", "linear", "one"] = key(
+        "sqrt", "distances: a_i = sqrt(d_n / d_i), or d_n / d_i, or 1 for all; products always use 1"
     )
     regularizer: Literal["none", "n3", "l2"] = key(
         "none", "N3 (sum of cubed moduli) or L2 (sum of squares) of the batch's vectors, each column once"
@@ -210,6 +229,17 @@ class MedSection:
         "mutual learning between neighbours: off; the larger teaches the smaller, detached; or both learn",
     )
     mutual_weight: float = key(1.0, "factor of the mutual learning loss (paper: 1)", minimum=0)
+    mutual_warmup_steps: int = key(0, "steps over which that factor rises from 0", minimum=0)
+    mutual_loss: Literal["huber", "kl"] = key(
+        "huber",
+        "what neighbours compare, with loss.kind bce: logits by Huber's loss (paper), or probabilities of truth by "
+        "their KL divergence; softmax losses always compare distributions",
+    )
+    labels: Literal["even", "evaluated"] = key(
+        "even",
+        "bce: how a triple's label weighs beside what the larger neighbour teaches of it; `evaluated`: the likelier "
+        "the larger is right, the more the smaller learns from it and the less from the label (DualDE)",
+    )
     evolution: Literal["off", "previous", "own"] = key(
         "own",
         "evolutionary improvement: off (equal weights); weights from the previous sub-model's scores (paper); "
@@ -316,6 +346,26 @@ class ExtendSection:
         "frozen: for each triple that mentions a new name so many that do not, drawn evenly, are trained on, 10,000 at "
         "least unless 0: among their answers new vectors learn where they do not belong; more guard old answers "
         "better, and take longer",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSection:
+    """Learning from another run's model, which lies beside the smaller one as the last level, with damping 0."""
+
+    teacher: str | None = key(
+        None,
+        "a run in the same directory of runs, on the same graph; the last level of this job's model begins as its "
+        "first columns; default: nobody teaches but neighbours",
+        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    )
+    dim: int | None = key(None, "its sub-model that teaches; default: its largest", minimum=1)
+    step: int | None = key(None, "its checkpoint; default: its best, else its newest", minimum=0)
+    learns_after: int | None = key(
+        None,
+        "steps after which the teacher is trained too, with med.mutual both by what the student tells it; default: "
+        "never, its columns stay as they are, bit for bit",
         minimum=0,
     )
 
@@ -428,6 +478,7 @@ class Job:
     )
     graph: GraphSection = key(REQUIRED, "the triples")
     model: ModelSection = key(REQUIRED, "scorer, sub-models, tiers")
+    encoder: EncoderSection = key(EncoderSection(), "entities composed of shared parts")
     negatives: NegativesSection = key(NegativesSection(), "negatives and candidates")
     loss: LossSection = key(LossSection(), "the loss of one sub-model")
     med: MedSection = key(MedSection(), "how the sub-models' losses work together")
@@ -435,6 +486,7 @@ class Job:
     train: TrainSection = key(REQUIRED, "how long, in what portions")
     checkpoint: CheckpointSection = key(CheckpointSection(), "saving and resuming")
     extend: ExtendSection = key(ExtendSection(), "growing out of another run")
+    distill: DistillSection = key(DistillSection(), "learning from another run's model")
     evaluate: EvaluateSection = key(EvaluateSection(), "ranking")
     export: ExportSection = key(ExportSection(), "the tiers as files")
     runtime: RuntimeSection = key(RuntimeSection(), "the machine")
@@ -448,6 +500,11 @@ class Job:
     def freezes(self) -> bool:
         """Whether the rows of the run that this one grows out of stay as they are."""
         return self.extend.run is not None and self.extend.rows == "frozen"
+
+    def keeps_teacher(self, step: int) -> bool:
+        """Whether the columns of another run's model, which teaches, stay as they are in a step (0-based)."""
+        distill = self.distill
+        return distill.teacher is not None and (distill.learns_after is None or step < distill.learns_after)
 
     @property
     def trained_split(self) -> str:
@@ -485,6 +542,9 @@ def conflicts(job: Job) -> Iterator[tuple[str, str]]:
     yield from _model_conflicts(job.model, job.export)
     yield from _loss_conflicts(job)
     yield from _extend_conflicts(job)
+    yield from _distill_conflicts(job)
+    if job.encoder.kind != "none":
+        yield from _encoder_conflicts(job)
     if job.train.watch_dim is not None and job.train.watch_dim not in job.model.dims:
         yield "train.watch_dim", f"{job.train.watch_dim} is not one of model.dims"
     if job.train.patience is not None and job.train.validate_every == 0:
@@ -589,6 +649,11 @@ def _loss_conflicts(job: Job) -> Iterator[tuple[str, str]]:
             yield "negatives.number", f"{negatives.number} is odd: with corrupt: both, half replace each side"
         if negatives.kind == "in_batch" and negatives.chunk_size < 2:
             yield "negatives.chunk_size", "in_batch needs chunks of at least 2 positives"
+    if job.med.labels == "evaluated":
+        if loss.kind == "softmax":
+            yield "med.labels", "evaluated is for loss.kind bce, whose labels are of single triples"
+        if job.med.weights == "learnable":
+            yield "med.labels", "evaluated does not go with med.weights learnable"
     if job.med.form == "paper" and scorer not in DISTANCES and job.med.evolution != "off":
         yield "med.form", f"exp(w1 / s) is undefined where s crosses 0, as {scorer}'s does; use bounded"
     if len(loss.regularizer_weights) not in (1, len(job.model.dims)):
@@ -620,6 +685,37 @@ def _extend_conflicts(job: Job) -> Iterator[tuple[str, str]]:
             "train.validate_every",
             "must be 0 with extend.rows frozen: the validation triples mention no row that moves",
         )
+
+
+def _distill_conflicts(job: Job) -> Iterator[tuple[str, str]]:
+    distill, model = job.distill, job.model
+    if distill.teacher is None:
+        for name in ("dim", "step", "learns_after"):
+            if getattr(distill, name) is not None:
+                yield f"distill.{name}", "needs distill.teacher, the run that teaches"
+        return
+    if distill.teacher == job.name:
+        yield "distill.teacher", f"{distill.teacher} is the job's own name: give the student another"
+    if len(model.dims) < 2 or model.damping[-1] != 0:
+        yield (
+            "model.damping",
+            "must end in 0 with distill.teacher: the last of two dims or more is the teacher's units added to the "
+            "student's, and its score its own level's alone",
+        )
+    if job.med.mutual == "off":
+        yield "med.mutual", "is off, and distill.teacher teaches by mutual learning: use one_way, or both"
+    if distill.learns_after is not None and job.optimizer.kind != "rowwise_adagrad":
+        yield "distill.learns_after", "needs optimizer.kind rowwise_adagrad, whose state of the teacher is taken over"
+    if job.extend.run is not None:
+        yield "distill.teacher", "does not go with extend.run: distil the run that has grown"
+
+
+def _encoder_conflicts(job: Job) -> Iterator[tuple[str, str]]:
+    if job.runtime.workers > 1:
+        yield "runtime.workers", "must be 1 with an encoder, whose parts every worker would have to keep alike"
+    for name, is_set in (("extend.run", job.extend.run), ("distill.teacher", job.distill.teacher)):
+        if is_set is not None:
+            yield name, "does not go with an encoder: rows are composed, and none is an entity's own"
 
 
 def _short(dims: tuple[int, ...]) -> str:

@@ -134,7 +134,7 @@ def _summary(
         "unseen_dropped": bool(tables.facts["job"]["graph"]["drop_unseen"]),
         "parameters_million": millions,
         "effi_mrr_per_million_parameters": {dim: field[dim] / millions[dim] for dim in layout.dims},
-        "ability_retention_ratio": ability_retention(ranks),
+        "ability_retention_ratio": ability_retention(ranks.of("both") <= 10),
         "seconds": round(seconds, 2),
         "torch": torch.__version__,
     }

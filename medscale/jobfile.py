@@ -264,7 +264,7 @@ class _Reading:
             # It was probably meant, so nothing is known about its value.
             self.unreadable.add(_join(path, close[0]))
         guesses = [_join(path, close[0])] if close else elsewhere
-        guess = f", did you mean {guesses[0]}?" if guesses else ""
+        guess = f", did you mean {' or '.join(guesses)}?" if guesses else ""
         shown = _join(path, _short(name) or "(empty)")
         self.report(self.lines[where], shown, f"is not a key{guess}; allowed: {', '.join(keys)}")
 

@@ -1,9 +1,9 @@
-"""Where a run that grew came from, as its checkpoints tell."""
+"""Where a run that grew, or learned from another, came from, as its checkpoints tell."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from medscale.checkpoint import Checkpoint, changed_keys
+from medscale.checkpoint import Checkpoint, Tables, changed_keys
 from medscale.config import Job
 from medscale.errors import CheckpointError
 from medscale.graph.reader import Graph
@@ -11,7 +11,7 @@ from medscale.jobfile import job_to_mapping
 from medscale.manifest import MANIFEST
 from medscale.storage import sha256_of
 
-__all__ = ["lineage_of", "old_sizes", "require_same_model"]
+__all__ = ["lesson_of", "lineage_of", "old_sizes", "require_same_model"]
 
 
 def lineage_of(job: Job, graph: Graph, parent: Checkpoint) -> Mapping[str, Any]:
@@ -60,3 +60,39 @@ def require_same_model(job: Job, parent: Checkpoint) -> None:
         raise CheckpointError(
             f"{parent.directory} cannot be extended by {job.name}, whose model is another: " + "; ".join(changed)
         )
+
+
+def lesson_of(job: Job, graph: Graph, teacher: Tables) -> Mapping[str, Any]:
+    """Return what the checkpoints of a run say of the one that it learns from, as JSON values.
+
+    "teacher", "step", "dim", "checkpoint_sha256" (of the manifest).
+
+    Raises:
+        CheckpointError: the teacher's columns mean something else than the job's last level, or are of another graph.
+
+    """
+    checkpoint, layout = teacher.checkpoint, teacher.layout
+    dim = job.distill.dim or layout.dims[-1]
+    units = job.model.dims[-1] - job.model.dims[-2]
+    theirs, ours = checkpoint.facts["job"]["model"], job_to_mapping(job)["model"]
+    wrong = [
+        f"model.{name}: {theirs[name]} -> {ours[name]}"
+        for name in ("scorer", "norm", "reciprocal")
+        if theirs[name] != ours[name]
+    ]
+    if dim not in layout.dims:
+        wrong.append(f"distill.dim: {dim} is none of its dims {list(layout.dims)}")
+    elif dim != units:
+        wrong.append(f"model.dims: the last level has {units} units, and the teacher {dim}")
+    elif any(kappa != 1 for kappa in layout.damping[: layout.dims.index(dim)]):
+        wrong.append("model.damping: the teacher's own levels are damped, and can be no single level")
+    if checkpoint.facts["graph_sha256"] != graph.sha256:
+        wrong.append(f"graph: {graph.directory} is not the graph that it was trained on")
+    if wrong:
+        raise CheckpointError(f"{checkpoint.directory} cannot teach {job.name}: " + "; ".join(wrong))
+    return {
+        "teacher": job.distill.teacher,
+        "step": checkpoint.step,
+        "dim": dim,
+        "checkpoint_sha256": sha256_of(checkpoint.directory / MANIFEST),
+    }

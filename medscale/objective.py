@@ -85,7 +85,9 @@ class Objective(torch.nn.Module):
             column_strengths(job.loss.regularizer_weights, layout.dims, columns).to(device)
             for columns in (layout.scorer.unit_columns, layout.scorer.relation_unit_columns)
         )
-        self.kernels = Kernels(device) if job.runtime.kernels == "auto" else None
+        # GPU kernels know the paper's mutual learning alone.
+        is_plain = device.type == "cpu" or (med.mutual_loss == "huber" and med.labels == "even")
+        self.kernels = Kernels(device) if job.runtime.kernels == "auto" and is_plain else None
         self._scan_of = functools.lru_cache(maxsize=64)(self._make_scan)
 
     def rows(self, looked_up_UC: Tensor) -> Rows:
@@ -103,7 +105,7 @@ class Objective(torch.nn.Module):
     def _binary_terms(self, batch: CorruptionBatch, rows: Rows, relations_RC: Tensor, step: int) -> Terms:
         """Binary cross-entropy; neighbours are those of the full list, since the one pass gives them for free."""
         chosen = self._chosen(step)
-        constants = self._binary_constants(chosen)
+        constants = self._binary_constants(chosen, step)
         weights_n = self._loss_weights()
         weights_n = weights_n * torch.tensor([float(i in chosen) for i in range(len(weights_n))]).to(weights_n)
         num_positives = sum(c.total_positives for c in batch.corruptions)
@@ -112,7 +114,9 @@ class Objective(torch.nn.Module):
         hard_n, mutual_n = torch.zeros_like(weights_n), torch.zeros_like(weights_n)
         for corruption in batch.corruptions:
             share = corruption.total_positives / num_positives
-            loss, *parts = self._corruption_terms(corruption, constants, rows, relations_RC, share, weights_n)
+            loss, *parts = self._corruption_terms(
+                corruption, constants, rows, relations_RC, share, weights_n, self._mutual_weight(step)
+            )
             total = total + loss
             hard_n, mutual_n, penalty = (a + share * b for a, b in zip((hard_n, mutual_n, penalty), parts, strict=True))
         dims = self.layout.dims
@@ -124,7 +128,7 @@ class Objective(torch.nn.Module):
 
     def _corruption_terms(
         self, c: Corruption, constants: BinaryConstants, rows: Rows, relations_RC: Tensor, share: float,
-        weights_n: Tensor,
+        weights_n: Tensor, mutual_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Return one corruption's share of the loss, and its (hard [n], mutual [n], penalty)."""
         scorer, med = self.layout.scorer, self.job.med
@@ -144,7 +148,7 @@ class Objective(torch.nn.Module):
             part = 1.0  # their weights are a softmax over all workers' negatives already
         hard_weights_n, mutual_weights_n = (
             share * weights_n,
-            torch.full_like(weights_n, share * med.mutual_weight / count),
+            torch.full_like(weights_n, share * mutual_weight / count),
         )
         if self.kernels is None:
             positive_nR = scan.pair_scores(query_RC, target_RC, scale_RC)
@@ -167,7 +171,7 @@ class Objective(torch.nn.Module):
         penalty = self._row_penalties(known_XPC.flatten(0, 1), relation_XPC.flatten(0, 1), target_RC)
         return total, hard_n, mutual_n / count, len(query_RC) / c.total_positives * penalty
 
-    def _binary_constants(self, chosen: Sequence[int]) -> BinaryConstants:
+    def _binary_constants(self, chosen: Sequence[int], step: int) -> BinaryConstants:
         """Return whose scores weigh whose triples, and who teaches whom, in a step that trains some sub-models."""
         med, number = self.job.med, range(len(self.layout.dims))
         # The smallest has no previous one: its weights are even.
@@ -176,6 +180,8 @@ class Objective(torch.nn.Module):
             logits=self.logits, evidence=tuple(evidence[med.evolution]),
             taught=tuple(med.mutual != "off" and i > 0 and i in chosen for i in number), raw=med.form == "paper",
             over_batch=med.normalize == "batch", both=med.mutual == "both", weights_learn=med.weights == "learnable",
+            divergence=med.mutual_loss == "kl", evaluated=med.labels == "evaluated",
+            num_kept=int(self.job.keeps_teacher(step)),
         )  # fmt: skip
 
     # -- softmax losses -----------------------------------------------------------------------------------
@@ -193,7 +199,8 @@ class Objective(torch.nn.Module):
         penalty = self._penalty(rows.values_UC, relations_RC, known, relation, targets.candidate_T)
         penalty = len(known) / batch.total_targets * penalty
         barrier = self.scaling.barrier() / self.workers.size
-        total = (self._loss_weights()[chosen] * hard).sum() + med.mutual_weight * mutual.sum() + penalty + barrier
+        weight = self._mutual_weight(step)
+        total = (self._loss_weights()[chosen] * hard).sum() + weight * mutual.sum() + penalty + barrier
         taught_dims = tuple(dim for dim, is_taught in zip(scan.dims, taught, strict=True) if is_taught)
         return Terms(hard, scan.dims, mutual, taught_dims, penalty, barrier, total)
 
@@ -260,6 +267,11 @@ class Objective(torch.nn.Module):
         """Return the weight [n] of every sub-model's own loss (equation 6)."""
         sizes = torch.tensor(self.layout.dims, dtype=self.strengths.dtype, device=self.device)
         return dynamic_weights(sizes, self.scaling()[2]) if self.job.med.dynamic_weight else torch.ones_like(sizes)
+
+    def _mutual_weight(self, step: int) -> float:
+        """Return the factor of mutual learning in a step (0-based)."""
+        med = self.job.med
+        return med.mutual_weight * (min(1.0, (step + 1) / med.mutual_warmup_steps) if med.mutual_warmup_steps else 1.0)
 
     def _row_penalties(self, known: Tensor, relation: Tensor, target: Tensor) -> Tensor:
         """Return the regularizer of triples, given their rows: mean over triples."""

@@ -60,8 +60,13 @@ class Optimizers:
         scaling: Tensor,
         scaling_lr: float,
         frozen_relations: Sequence[int] = (),
+        encoder: torch.nn.Module | None = None,
+        encoder_rate: float = 0.0,
     ) -> None:
-        """Drive the optimizers of the tables; rows `frozen_relations` of the relation table stay as they are."""
+        """Drive the optimizers of the tables, and of an encoder that composes rows instead of the entity table.
+
+        Rows `frozen_relations` of the relation table stay as they are.
+        """
         self.section, self.table = section, table
         self.frozen = torch.tensor(frozen_relations, dtype=torch.int64, device=relations.device)
         self.relations, self.scaling = relations, scaling
@@ -71,13 +76,16 @@ class Optimizers:
             if section.kind == "adam"
             else torch.optim.Adagrad([relations], lr=rate, eps=_EPS)
         )
-        self.relation_rate, self.scaling_rate = rate, scaling_lr
+        self.relation_rate, self.scaling_rate, self.encoder_rate = rate, scaling_lr, encoder_rate
+        self.encoder = None if encoder is None else torch.optim.Adagrad(encoder.parameters(), lr=encoder_rate, eps=_EPS)
         self._prime()
 
     def set_rates(self, factor: float) -> None:
         """Scale the learning rates for the next update."""
         self.table.set_learning_rate(self.section.lr * factor)
         self.dense.param_groups[0]["lr"] = self.relation_rate * factor
+        if self.encoder is not None:
+            self.encoder.param_groups[0]["lr"] = self.encoder_rate * factor
 
     def step_dense(self) -> None:
         """Update relations, and w1, w2, w3 where they are trained (plain gradient descent, own rate)."""
@@ -86,6 +94,9 @@ class Optimizers:
             self.relations.grad.index_fill_(0, self.frozen, 0.0)
         self.dense.step()
         self.dense.zero_grad(set_to_none=True)
+        if self.encoder is not None:
+            self.encoder.step()
+            self.encoder.zero_grad(set_to_none=True)
         if self.scaling.grad is not None:
             with torch.no_grad():
                 self.scaling -= self.scaling_rate * self.scaling.grad
@@ -94,6 +105,14 @@ class Optimizers:
     def dense_state(self) -> dict[str, Tensor]:
         """Return the tensors of the dense optimizer's state; loading writes into them."""
         return dict(self.dense.state[self.relations].items())
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """Return an encoder's parameters and their optimizer's state by number; loading writes into them."""
+        if self.encoder is None:
+            return {}
+        parameters = self.encoder.param_groups[0]["params"]
+        state = {f"{i}": parameter.data for i, parameter in enumerate(parameters)}
+        return state | {f"{i}.sum": self.encoder.state[parameter]["sum"] for i, parameter in enumerate(parameters)}
 
     def _prime(self) -> None:
         """Give Adam its state before the first step, so that a checkpoint has something to load into."""

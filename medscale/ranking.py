@@ -301,13 +301,12 @@ def relation_records(ranks: Ranks, relations: NDArray[np.int64], names: list[str
                 yield {"relation": names[relation], "dim": dim, "side": side, **_metrics(part.of(side)[i])}
 
 
-def ability_retention(ranks: Ranks) -> float:
-    """Return the ability retention ratio (section 5.6.3 of the paper), in [0, 1], over both sides' queries.
+def ability_retention(correct_nQ: NDArray[np.bool_]) -> float:
+    """Return the ability retention ratio (section 5.6.3 of the paper), in [0, 1], of sub-models' right answers.
 
     Of the queries that some sub-model answers among its first ten, the share where every larger one than the
     smallest that does so answers it too.
     """
-    correct = ranks.of("both") <= 10
-    somewhere = correct.any(0)
-    kept = np.maximum.accumulate(correct, 0) == correct
+    somewhere = correct_nQ.any(0)
+    kept = np.maximum.accumulate(correct_nQ, 0) == correct_nQ
     return float(kept.all(0)[somewhere].mean()) if somewhere.any() else 0.0

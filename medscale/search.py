@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,6 +57,7 @@ class Trial:
     mrr_by_dim: Mapping[str, float]
     #: epochs validated
     epochs: int
+    #: by the search's clock
     seconds: float
     #: "finished", "stopped early", "out of time" or "diverged"
     ending: str
@@ -79,13 +80,14 @@ def combinations(open_values: Mapping[str, Sequence[str]], number: int | None, s
 
 
 def search(
-    job: Job, graph: Graph, directory: Path, chosen: Sequence[Mapping[str, str]], *, minutes: float | None = None
-) -> tuple[list[Trial], int | None]:
+    job: Job, graph: Graph, directory: Path, chosen: Sequence[Mapping[str, str]], *, minutes: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[list[Trial], int | None]:  # fmt: skip
     """Try the job with each of the chosen values, but for those tried before; return all trials of the directory.
 
-    `minutes` end a trial's training, which is then judged as it is. A trial that was cut off goes on from its newest
-    step, or, where its time is limited, begins anew. The second result is the number of the signal that ended the
-    search early, if one did.
+    `minutes`, by the clock on the wall or another, end a trial's training, which is then judged as it is. A trial that
+    was cut off goes on from its newest step, or, where its time is limited, begins anew. The second result is the
+    number of the signal that ended the search early, if one did.
 
     Raises:
         ConfigError: the job never validates, or a value is wrong.
@@ -102,7 +104,9 @@ def search(
             if any(trial.values == values for trial in trials):
                 continue
             log(f"trial {number} of {len(chosen)}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
-            trial, signal_number = _try(tried, graph, directory / "trial", values, minutes)
+            # beside the other runs, where jobs find those that they grow out of or learn from
+            run_directory = directory.with_name(f"{directory.name}-trial")
+            trial, signal_number = _try(tried, graph, run_directory, values, minutes, clock)
             if trial is None:
                 return trials, signal_number
             trials.append(trial)
@@ -111,14 +115,15 @@ def search(
 
 
 def _try(
-    job: Job, graph: Graph, run_directory: Path, values: Mapping[str, str], minutes: float | None
-) -> tuple[Trial | None, int | None]:
+    job: Job, graph: Graph, run_directory: Path, values: Mapping[str, str], minutes: float | None,
+    clock: Callable[[], float],
+) -> tuple[Trial | None, int | None]:  # fmt: skip
     begun = run_directory / "job.yaml"
     if run_directory.exists() and (minutes is not None or not begun.exists() or load_job(begun) != job):
         shutil.rmtree(run_directory)
-    start = time.monotonic()
+    start = clock()
     try:
-        with time_limit(minutes) as rang:
+        with time_limit(minutes, clock) as rang:
             outcome, signal_number = train(job, graph, run_directory)
         if outcome is Outcome.INTERRUPTED and not rang.is_set():
             return None, signal_number or signal.SIGTERM
@@ -131,7 +136,7 @@ def _try(
     trial = Trial(
         dict(values), progress["best_mrr"], progress["best_step"],
         next((v["mrr"] for v in validations if v["step"] == progress["best_step"]), {}),
-        validations[-1]["epoch"] if validations else 0, round(time.monotonic() - start, 1), ending,
+        validations[-1]["epoch"] if validations else 0, round(clock() - start, 1), ending,
     )  # fmt: skip
     # TorchRec's objects refer to each other in circles: tables would pile up, trial by trial.
     gc.collect()

@@ -28,6 +28,7 @@ from medscale.batches.partitions import Feed, PartitionReader
 from medscale.batches.queries import QueryBatch, QueryBatches, query_table
 from medscale.checkpoint import (
     Checkpoint,
+    Tables,
     changed_keys,
     committed,
     committed_steps,
@@ -49,10 +50,11 @@ from medscale.finite import require_finite_gradients, require_finite_terms
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
 from medscale.jobfile import dump_job, job_to_mapping
-from medscale.lineage import lineage_of, old_sizes
+from medscale.lineage import lesson_of, lineage_of, old_sizes
 from medscale.logs import log
 from medscale.metrics import Display, RunLog, training_display
 from medscale.model.embedding import EntityTable, initial_relations
+from medscale.model.encoder import encoder_of
 from medscale.model.layout import layout_of
 from medscale.objective import Objective, Terms
 from medscale.optimizer import Optimizers, fused_optimizer, learning_rate_factor
@@ -121,9 +123,11 @@ class Trainer:
             torch.empty(self.layout.num_relation_rows, self.layout.num_relation_columns, device=device)
         )
         self.objective = Objective(job, self.layout, device, workers)
+        #: composes the rows that are trained; the table then holds what it composed when it was last saved or ranked
+        self.encoder = encoder_of(job.encoder, graph, self.layout.num_columns, initial_scale(job), job.seed, device)
         self.optimizers = Optimizers(
             job.optimizer, self.table, self.relations, self.objective.scaling.values, job.med.weights_lr,
-            self.layout.relation_rows_of(frozen_relations),
+            self.layout.relation_rows_of(frozen_relations), self.encoder, job.encoder.lr,
         )  # fmt: skip
         self.validate_every = _validate_every(job, graph)
         self.batches = batches_of(job, graph, workers, feed)
@@ -144,6 +148,23 @@ class Trainer:
         scale = initial_scale(self.job)
         self.table.initialise(self.job.seed, scale)
         self.relations.data.copy_(initial_relations(self.layout, self.job.seed, scale))
+
+    def seat(self, teacher: Tables) -> None:
+        """Take over the rows of the run that teaches as the last level's columns; the student's stay as drawn.
+
+        Raises:
+            CheckpointError: its model does not fit beside the student, or is of another graph.
+
+        """
+        self.lineage = lesson_of(self.job, self.graph, teacher)
+        start, relation_start = self._first_of_teacher()
+        self.table.fill(start, teacher.entity_columns)
+        number = self.relations.shape[1] - relation_start
+        self.relations.data[:, relation_start:] = teacher.relation_table[:, :number]
+        if self.job.distill.learns_after is not None:
+            # It goes on at the pace that it had come to; without its state it would leap away.
+            self.table.fill_state(start, teacher.row_state)
+            self.optimizers.dense_state()["sum"][:, relation_start:] = teacher.relation_state()[:, :number]
 
     def grow(self, parent: Checkpoint) -> None:
         """Take over the rows of a verified checkpoint of the run that this one grows out of; new rows stay as drawn.
@@ -252,7 +273,7 @@ class Trainer:
         """
         step = self.progress.step
         self.optimizers.set_rates(learning_rate_factor(self.job.optimizer, step, self.total_steps))
-        looked_up_UC = self.table.rows(batch.entities_U)
+        looked_up_UC = (self.encoder or self.table.rows)(batch.entities_U)
         # The update of the tables is fused into their backward pass, so the guard stands between the two halves.
         rows = self.objective.rows(looked_up_UC)
         share: Terms = self.objective(batch, rows, self.relations, step)
@@ -281,6 +302,7 @@ class Trainer:
             **layout_facts(self.layout, self.job.model.norm),
             **({"lineage": self.lineage} if self.lineage else {}),
         }
+        self._compose()
         save(self.run_directory, self._state(), facts, self.workers)
         if self.workers.leads:
             waiting = self.progress.waiting or {}
@@ -298,9 +320,15 @@ class Trainer:
             "fused": self.table.optimizer_state(),
             "dense": {"relations": self.relations.data, "scaling": self.objective.scaling.values.data},
             "dense_optimizer": self.optimizers.dense_state(),
+            "encoder": self.optimizers.encoder_state(),
         }
         # A worker that holds no block has no fused state, and DCP takes an empty mapping for a tensor that is missing.
         return {name: tensors for name, tensors in state.items() if tensors}
+
+    def _compose(self) -> None:
+        """Fill the table with the rows that an encoder composes now."""
+        if self.encoder is not None:
+            self.table.fill(0, self.encoder.all_columns)
 
     def _validate(self) -> None:
         """Rank the validation triples with the model of this step, or commit it for evaluators to rank with."""
@@ -308,6 +336,7 @@ class Trainer:
         assert self.progress.waiting is None, "results count before the next validation"
         if self.evaluators is None:
             start = time.monotonic()
+            self._compose()
             mrr = self.validation.mrr(self.table.rows_to_rank(), self.relations.data)
             self.progress.waiting = {"step": step, "mrr": mrr, "seconds": time.monotonic() - start}
         else:
@@ -414,8 +443,17 @@ class Trainer:
         wanted = self.signal_number is not None or (self._stop_wanted is not None and self._stop_wanted())
         return bool(self.workers.where(flag=wanted))
 
+    def _first_of_teacher(self) -> tuple[int, int]:
+        """Return where the teacher's columns begin, of entities and of relations."""
+        scorer, units = self.layout.scorer, self.layout.dims[-2]
+        return units * scorer.unit_columns, units * scorer.relation_unit_columns
+
     def _summed_gradients(self, of_entities_UC: Tensor) -> dict[str, Tensor]:
         """Add up the gradients of the parameters that every worker keeps; return all gradients by name."""
+        if self.job.keeps_teacher(self.progress.step) and self.relations.grad is not None:
+            # Without weight decay or momentum of their own, numbers with a gradient of +0 keep every bit.
+            start, relation_start = self._first_of_teacher()
+            of_entities_UC[:, start:], self.relations.grad[:, relation_start:] = 0.0, 0.0
         gradients = {"entities": of_entities_UC}
         for name, parameter in (("relations", self.relations), ("scaling", self.objective.scaling.values)):
             if parameter.requires_grad:
@@ -513,9 +551,13 @@ def train_worker(
                 log(f"{run_directory} was begun before, but holds no checkpoint: starting at step 0")
             trainer.initialise()
             if job.extend.run is not None:
-                parent = _found_parent(job, run_directory, workers)
+                parent = _found_source(job.extend.run, job.extend.step, run_directory, workers)
                 trainer.grow(parent)
                 log(f"growing out of {parent.directory}; its rows are {job.extend.rows}")
+            if job.distill.teacher is not None:
+                teacher = Tables(_found_source(job.distill.teacher, job.distill.step, run_directory, workers))
+                trainer.seat(teacher)
+                log(f"learning from {teacher.checkpoint.directory}")
         else:
             trainer.resume(checkpoint)
             log(f"going on from {checkpoint.directory.name}")
@@ -550,13 +592,12 @@ def _found(run_directory: Path, find: Callable[[], Checkpoint | None], workers: 
     return checkpoint
 
 
-def _found_parent(job: Job, run_directory: Path, workers: Workers) -> Checkpoint:
-    """Return the checkpoint that a job's run grows out of."""
-    assert job.extend.run is not None
-    directory = run_directory.parent / job.extend.run
-    parent = _found(directory, lambda: verify(newest_checkpoint(directory, job.extend.step)), workers)
-    assert parent is not None
-    return parent
+def _found_source(run: str, step: int | None, run_directory: Path, workers: Workers) -> Checkpoint:
+    """Return the checkpoint of another run that this one begins with."""
+    directory = run_directory.parent / run
+    source = _found(directory, lambda: verify(newest_checkpoint(directory, step)), workers)
+    assert source is not None
+    return source
 
 
 def _validate_every(job: Job, graph: Graph) -> int:
@@ -617,4 +658,6 @@ def initial_scale(job: Job) -> float:
     largest = job.model.dims[-1]
     if job.model.scorer in DISTANCES:
         return (job.loss.margin + 2) / largest
-    return 1e-3 if job.loss.kind == "softmax" else float(largest ** (-1 / 6))
+    # what an encoder composes is multiplied by this, and has no use for a factor near 0
+    starts_equal = job.loss.kind == "softmax" and job.encoder.kind == "none"
+    return 1e-3 if starts_equal else float(largest ** (-1 / 6))

@@ -89,7 +89,7 @@ def test_integers_are_numbers_and_words_are_text() -> None:
         ("epochs: 2", "epochs: {a: 1}", 11, r"train\.epochs: is a mapping"),
         ("epochs: 2", "epochs: 2\n  epochs: 3", 12, r"train\.epochs: is given twice, first in line 11"),
         ("epochs: 2", "epochs: 2\n  epoch: 3", 12, r"train\.epoch: is not a key, did you mean train\.epochs"),
-        ("epochs: 2", "epochs: 2\n  lr: 3", 12, r"train\.lr: is not a key, did you mean optimizer\.lr\?"),
+        ("epochs: 2", "epochs: 2\n  lr: 3", 12, r"train\.lr: is not a key, did you mean encoder\.lr or optimizer\.lr"),
         ("epochs: 2", "batch_size: 8", 10, r"train\.epochs: is missing; allowed: an integer, at least 1"),
         ("scorer: transe", "scorer: TransE", 5, r"did you mean transe\?; allowed: one of transe, rotate"),
         ("scorer: transe", "scorer: transee", 5, r"did you mean transe\?; allowed: one of transe, rotate"),

@@ -80,7 +80,8 @@ def compare_corruption(
     if scale is not None:
         assert terms.scale_gradient_XPC is not None
         close(terms.scale_gradient_XPC, gradients[2], dtype)
-    close(terms.w2_slope, gradients[-1], dtype, float(hard.detach().abs().sum()))
+    if constants.weights_learn:
+        close(terms.w2_slope, gradients[-1], dtype, float(hard.detach().abs().sum()))
 
 
 def numbers_for(
@@ -103,6 +104,7 @@ def numbers_for(
     ("dims", "damping", "shape"),
     [
         ((3, 10, 17), 1.0, (3, 5, 7, 11)),  # odd everything, candidates repeat
+        ((3, 13), 0.0, (3, 5, 7, 11)),  # two models side by side
         ((2, 4, 6, 8), 0.5, (2, 1, 70, 40)),  # three tiles of candidates, fresh for each positive
         ((1,), 1.0, (1, 1, 1, 1)),  # one row
         (tuple(range(2, 34, 2)), 1.0, (2, 33, 32, 50)),  # 16 sub-models
@@ -118,7 +120,9 @@ def test_corruptions_equal_autograd(
     n = len(dims)
     for changes in (
         {}, {"over_batch": True, "raw": True}, {"both": False, "evidence": tuple(range(-1, n - 1))},
-        {"evidence": (-1,) * n, "taught": (False,) * n},
+        {"evidence": (-1,) * n, "taught": (False,) * n}, {"divergence": True},
+        {"divergence": True, "both": False, "evaluated": True, "weights_learn": False},
+        {"evaluated": True, "weights_learn": False, "taught": tuple(i % 2 == 1 for i in range(n))},
     ):  # fmt: skip
         compare_corruption(scan, constants_for(n, dtype, **changes), query, rows, candidates, keep)
 
@@ -262,7 +266,7 @@ def test_ranks_equal_counting_all_scores(scorer: str, dtype: torch.dtype, num_qu
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("both", [False, True])
-@pytest.mark.parametrize("damping", [1.0, 0.5])
+@pytest.mark.parametrize("damping", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("narrow", [0, 48])
 @pytest.mark.parametrize("num_candidates", [1, 9, 64])
 def test_softmax_equals_autograd(
@@ -311,3 +315,26 @@ def test_without_a_compiler_the_message_names_the_ways_out(tmp_path: Path) -> No
     assert done.returncode != 0
     for words in ("no-such-compiler", "install g++", "runtime.kernels"):
         assert words in done.stderr
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_levels_that_stay_have_no_gradient_and_the_others_theirs(scorer: str) -> None:
+    scan = scan_for(scorer, (3, 13), 0.0, torch.float32)
+    query, rows, candidates = numbers_for(scan, (2, 5, 7, 11), torch.float32)
+    keep = torch.ones(2, 5, 7, dtype=torch.bool)
+    scale, weights, results = torch.rand_like(query) if scan.scorer.scale else None, torch.ones(2), []
+    for num_kept in (0, 1):
+        gradients = torch.zeros_like(rows)
+        constants = constants_for(2, torch.float32, num_kept=num_kept)
+        terms = corruption_terms(
+            scan.levels, constants, 1.0, query, rows, candidates, keep, scale, weights, weights, gradients
+        )
+        results.append((terms.hard_n, terms.query_gradient_XPC, gradients))
+    (hard, query_all, rows_all), (hard_kept, query_kept, rows_kept) = results
+    first = 3 * scan.scorer.unit_columns
+    assert torch.equal(hard, hard_kept)
+    assert torch.equal(query_all[..., :first], query_kept[..., :first])
+    assert torch.equal(rows_all[:, :first], rows_kept[:, :first])
+    assert rows_all[:, first:].any()
+    assert not query_kept[..., first:].any()
+    assert not rows_kept[:, first:].any()

@@ -12,6 +12,7 @@ from medscale.config import LossSection
 from medscale.loss.bce import Logits, logits_of
 from medscale.loss.med import (
     ScalingParameters,
+    binary_divergence,
     dynamic_weights,
     mutual_divergence,
     mutual_huber,
@@ -86,19 +87,22 @@ def test_negative_losses_are_equation_5() -> None:
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("evidence", [(0, 1, 2), (-1, 0, 1), (-1, -1, -1)])
 @pytest.mark.parametrize("num_positives", [1, 7])
+@pytest.mark.parametrize(("divergence", "evaluated"), [(False, False), (True, False), (True, True)])
 def test_gradients_of_positives_by_hand_equal_autograd(
-    num_positives: int, evidence: tuple[int, ...], *, both: bool, raw: bool
+    num_positives: int, evidence: tuple[int, ...], *, both: bool, raw: bool, divergence: bool, evaluated: bool
 ) -> None:
     sizes = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
     constants = BinaryConstants(
-        Logits(sizes, 3 / sizes), evidence, (False, True, False), raw, over_batch=raw, both=both, weights_learn=True
-    )
+        Logits(sizes, 3 / sizes), evidence, (False, True, False), raw, over_batch=raw, both=both,
+        weights_learn=not evaluated, divergence=divergence, evaluated=evaluated,
+    )  # fmt: skip
     scores = -3 * torch.rand(3, num_positives, dtype=torch.float64) - 0.1
     hard_weights, mutual_weights = torch.rand(2, 3, dtype=torch.float64)
     leaf, w1 = scores.clone().requires_grad_(), W.clone().requires_grad_()
     hard, mutual = positive_losses(constants, w1, leaf)
     total = (hard_weights * hard).sum() + (mutual_weights * mutual).sum()
     gradient, slope = torch.autograd.grad(total, [leaf, w1], materialize_grads=True)
+    slope = slope * constants.weights_learn
     terms = positive_terms(constants, W, scores, hard_weights, mutual_weights)
     plain = (hard.detach(), mutual.detach(), slope, gradient)
     for fast, slow in zip((terms.hard_n, terms.mutual_n, terms.w1_slope, terms.gradient_nR), plain, strict=True):
@@ -118,7 +122,21 @@ def test_mutual_huber_is_a_sum_per_pair() -> None:
     small, large = torch.randn(2, 6, dtype=torch.float64) * 2, torch.randn(2, 6, dtype=torch.float64)
     gap = (small - large).abs()
     plain = torch.where(gap <= 1, gap**2 / 2, gap - 0.5).sum(1)
-    torch.testing.assert_close(mutual_huber(small, large), plain)
+    torch.testing.assert_close(mutual_huber(small, large).sum(1), plain)
+
+
+def test_binary_divergence_is_kl_of_true_and_false() -> None:
+    small, large = torch.randn(2, 6, dtype=torch.float64) * 2, torch.randn(2, 6, dtype=torch.float64)
+
+    def outcomes(logits: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.sigmoid(logits), torch.sigmoid(-logits)], -1).log()
+
+    def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        return F.kl_div(outcomes(student), outcomes(teacher), reduction="none", log_target=True).sum(-1)
+
+    torch.testing.assert_close(binary_divergence(small, large, both=False), divergence(large, small))
+    both = divergence(large, small) + divergence(small, large)
+    torch.testing.assert_close(binary_divergence(small, large, both=True), both)
 
 
 def test_mutual_divergence_is_kl_and_spares_the_teacher() -> None:

@@ -70,6 +70,11 @@ def all_scores(
     )
 
 
+def bernoulli_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    p, q = torch.sigmoid(teacher), torch.sigmoid(student)
+    return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
+
+
 def plain_binary_loss(job: Job, layout: Layout, batch: CorruptionBatch, rows: Tensor, relations: Tensor) -> Tensor:
     """Equations 2 to 6, one sub-model and one triple after the other."""
     med, n, dims = job.med, len(layout.dims), layout.dims
@@ -105,6 +110,15 @@ def plain_binary_loss(job: Job, layout: Layout, batch: CorruptionBatch, rows: Te
             for k in range(c.candidates_XK.shape[1])
         }
         kept = {key for key in negative if bool(c.keep_XPK[key])}
+
+        def right(i: int, key: tuple[int, ...], s: Tensor) -> Tensor:
+            """Return sub-model i's probability of being right: two numbers name a positive, three a negative."""
+            return torch.sigmoid(logit(i, s[i]) * (1 if len(key) == 2 else -1)).detach()
+
+        def trust(i: int, key: tuple[int, ...], s: Tensor) -> Tensor | float:
+            is_taught = med.labels == "evaluated" and med.mutual != "off" and i + 1 < n
+            return 1 - right(i + 1, key, s) if is_taught else 1.0
+
         for i in range(n):
             before = i - 1 if med.evolution == "previous" else i
             even = med.evolution == "off" or (med.evolution == "previous" and i == 0)
@@ -122,8 +136,8 @@ def plain_binary_loss(job: Job, layout: Layout, batch: CorruptionBatch, rows: Te
                 return med.w2 * (s if med.form == "paper" else logit(before, s))
 
             total = sum(torch.exp(positive_exponent(s)) for s in positive.values())
-            for s in positive.values():
-                weight = torch.exp(positive_exponent(s)) / total
+            for place, s in positive.items():
+                weight = torch.exp(positive_exponent(s)) / total * trust(i, place, s)
                 hard[i] = hard[i] - share * weight * torch.log(torch.sigmoid(logit(i, s[i])))
             whole = sum(torch.exp(negative_exponent(negative[key])) for key in kept)
             for x, p in positions:
@@ -131,16 +145,24 @@ def plain_binary_loss(job: Job, layout: Layout, batch: CorruptionBatch, rows: Te
                 part = sum(torch.exp(negative_exponent(negative[key])) for key in own)
                 for key in own:
                     norm = whole if med.normalize == "batch" else part * len(positions)
-                    weight = torch.exp(negative_exponent(negative[key])) / norm
+                    weight = torch.exp(negative_exponent(negative[key])) / norm * trust(i, key, negative[key])
                     hard[i] = hard[i] - share * weight * torch.log(1 - torch.sigmoid(logit(i, negative[key][i])))
             if i and med.mutual != "off":
-                everything = [*positive.values(), *negative.values()]
-                for s in everything:
-                    larger = logit(i, s[i]) if med.mutual == "both" else logit(i, s[i]).detach()
-                    gap = logit(i - 1, s[i - 1]) - larger
-                    size = torch.where(gap.abs() <= 1, gap**2 / 2, gap.abs() - 0.5)
+                everything = positive | negative
+                for key, s in everything.items():
+                    smaller, larger = logit(i - 1, s[i - 1]), logit(i, s[i])
+                    if med.mutual_loss == "kl":
+                        size = bernoulli_kl(larger.detach(), smaller)
+                        if med.mutual == "both":
+                            size = size + bernoulli_kl(smaller.detach(), larger)
+                    else:
+                        gap = smaller - (larger if med.mutual == "both" else larger.detach())
+                        size = torch.where(gap.abs() <= 1, gap**2 / 2, gap.abs() - 0.5)
+                    if med.labels == "evaluated":
+                        size = size * right(i, key, s)
                     mutual[i] = mutual[i] + share * size / len(everything)
-    loss = sum(mutual[1:]) * med.mutual_weight
+    # of the first step
+    loss = sum(mutual[1:]) * med.mutual_weight / max(1, med.mutual_warmup_steps)
     for i in range(n):
         loss = loss + (math.exp(med.w3 * dims[i] / dims[-1]) if med.dynamic_weight else 1) * hard[i]
     return loss  # type: ignore[return-value]
@@ -151,7 +173,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"evolution": "previous"},
     {"evolution": "previous", "normalize": "batch", "mutual": "both", "w1": 0.7, "w2": 0.4, "w3": 1.5},
     {"evolution": "off", "mutual": "off", "dynamic_weight": False},
+    {"mutual_loss": "kl", "mutual_warmup_steps": 4},
+    {"mutual_loss": "kl", "labels": "evaluated", "mutual": "both"},
+    {"labels": "evaluated", "mutual_weight": 0.3},
 ]
+DAMPINGS = [(0.5, 0.25), (1.0,), (0.5, 0.25), (1.0,), (0.5, 0.0), (1.0,), (0.0, 0.0)]
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
@@ -164,8 +190,8 @@ def test_binary_losses_equal_the_paper_written_out(toy_graph: Graph, scorer: str
         med["form"] = "paper"
     job = toy_job(
         scorer, med=med, loss={"kind": "bce"}, train={"batch_size": 6}, runtime={"kernels": kernels},
-        model={"dims": (2, 4, 5), "norm": norm, "damping": (1.0,) if variant % 2 else (0.5, 0.25)},
-        negatives={"kind": ("chunk", "per_positive", "in_batch", "chunk")[variant], "number": 4, "chunk_size": 3},
+        model={"dims": (2, 4, 5), "norm": norm, "damping": DAMPINGS[variant]},
+        negatives={"kind": ("chunk", "per_positive", "in_batch", "chunk")[variant % 4], "number": 4, "chunk_size": 3},
     )  # fmt: skip
     layout = layout_of(job.model, toy_graph.num_entities, toy_graph.num_relations)
     batch = batches_of(job, toy_graph).batch(0)

@@ -68,7 +68,7 @@ def one_by_one(
 
 @pytest.mark.parametrize(("name", "norm"), SCORERS)
 @pytest.mark.parametrize("side", ["head", "tail"])
-@pytest.mark.parametrize("damping", [1.0, 0.5])
+@pytest.mark.parametrize("damping", [1.0, 0.5, 0.0])
 def test_one_pass_equals_cropped_scorers_and_their_gradients(name: str, norm: str, side: str, damping: float) -> None:
     scorer = scorer_named(name, norm)
     for number, dims in enumerate(DIMS):

@@ -34,13 +34,16 @@ def logits_of(section: LossSection, dims: tuple[int, ...], *, is_distance: bool,
     """Return each sub-model's margin and temperature.
 
     A distance grows with the number of units, so one margin for all prefixes leaves the small ones no room;
-    gamma_i = gamma sqrt(d_i / d_n) with a_i = sqrt(d_n / d_i) does. Products cross 0 and need neither.
+    gamma_i = gamma sqrt(d_i / d_n) with a_i = sqrt(d_n / d_i) does. Models that share no columns, such as a student and
+    its teacher, are themselves, with columns of the same size, with d_i / d_n and d_n / d_i. Products cross 0 and need
+    neither.
     """
     sizes = torch.tensor(dims, dtype=torch.get_default_dtype(), device=device)
-    ratio, ones = (sizes / sizes[-1]).sqrt(), torch.ones_like(sizes)
+    ratio, ones = sizes / sizes[-1], torch.ones_like(sizes)
+    growths = {"sqrt": ratio.sqrt(), "linear": ratio, "equal": ones, "one": ones}
     if not is_distance:
         return Logits(torch.zeros_like(sizes), ones)
     return Logits(
-        margins=section.margin * (ratio if section.margin_scaling == "sqrt" else ones),
-        temperatures=1 / ratio if section.temperature == "sqrt" else ones,
+        margins=section.margin * growths[section.margin_scaling],
+        temperatures=1 / growths[section.temperature],
     )

@@ -35,6 +35,7 @@ def corruption_terms(
     num_chunks, num_queries, _ = query_XPC.shape
     num_candidates, num_sub_models, num_columns = candidates_XK.shape[1], levels.num_scored, levels.num_columns
     assert levels.outputs == tuple(range(num_sub_models)), "every level is a sub-model's here"
+    assert not (constants.evaluated and constants.weights_learn)
     dtype = query_XPC.dtype
     assert rows_UC.dtype == row_gradients_UC.dtype == dtype, (rows_UC.dtype, row_gradients_UC.dtype, dtype)
     assert (candidates_XK.dtype, keep_XPK.dtype) == (torch.int64, torch.bool), (candidates_XK.dtype, keep_XPK.dtype)
@@ -52,7 +53,8 @@ def corruption_terms(
     fields: list[Tensor | float | None] = [
         geometry_number(levels, scaled=scale_XPC is not None), num_sub_models, num_chunks, num_queries, num_candidates,
         query_XPC.shape[2], rows_UC.shape[1], int(constants.raw), int(constants.over_batch), int(constants.both),
-        int(constants.weights_learn),
+        int(constants.weights_learn), int(constants.divergence), int(constants.evaluated),
+        num_sub_models - constants.num_kept,
         float(w2), torch.tensor(levels.ends), torch.tensor(levels.kappas, dtype=dtype),
         constants.logits.temperatures.to(dtype), constants.logits.margins.to(dtype),
         torch.tensor(constants.evidence), torch.tensor(constants.taught).long(), hard_weights_n,

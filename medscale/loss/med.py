@@ -14,6 +14,7 @@ from medscale.workers import ALONE, Workers
 
 __all__ = [
     "ScalingParameters",
+    "binary_divergence",
     "dynamic_weights",
     "mutual_divergence",
     "mutual_huber",
@@ -87,13 +88,23 @@ def negative_weights(
 
 
 def mutual_huber(smaller_pT: Tensor, larger_pT: Tensor) -> Tensor:
-    """Mutual learning between p pairs of neighbours [p]: Huber (delta 1), summed over T triples (equation 2).
+    """Mutual learning between p pairs of neighbours on T triples [p, T]: Huber (delta 1) (equation 2).
 
-    The paper stops at the sum; `Objective` makes it a mean over all triples of a step, which stays comparable with the
+    The paper takes the sum; `Objective` makes it a mean over all triples of a step, which stays comparable with the
     other terms, whose weights sum to 1. Gradient flows into whatever is not detached: both ways, or, with a detached
     `larger_pT`, the larger teaches the smaller.
     """
-    return F.huber_loss(smaller_pT, larger_pT, reduction="none", delta=1.0).sum(1)
+    return F.huber_loss(smaller_pT, larger_pT, reduction="none", delta=1.0)
+
+
+def binary_divergence(smaller_pT: Tensor, larger_pT: Tensor, *, both: bool) -> Tensor:
+    """KL divergence of the larger one's probability of truth from the smaller one's, of T triples [p, T].
+
+    What Hinton et al. (2015) compare, for a model whose output is true or false; takes logits. Both ways adds that of
+    the smaller from the larger, each with the other side as a detached teacher.
+    """
+    loss_pT = _binary_divergence(larger_pT.detach(), smaller_pT)
+    return loss_pT + _binary_divergence(smaller_pT.detach(), larger_pT) if both else loss_pT
 
 
 def mutual_divergence(log_small_QM: Tensor, log_large_QM: Tensor, *, both: bool) -> Tensor:
@@ -131,6 +142,10 @@ class _SumOver(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return ctx.workers.sum(gradients[0].clone()), None
+
+
+def _binary_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    return F.softplus(student) - F.softplus(teacher) + torch.sigmoid(teacher) * (teacher - student)
 
 
 def _divergence(teacher_QM: Tensor, student_QM: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medscale.loss.bce import Logits
-from medscale.loss.med import mutual_huber, negative_weights
+from medscale.loss.med import binary_divergence, mutual_huber, negative_weights
 from medscale.workers import ALONE, Workers
 
 __all__ = [
     "BinaryConstants",
     "CorruptionTerms",
     "NegativeTerms",
+    "label_trust",
     "mutual_sums",
     "negative_losses",
     "negative_terms",
@@ -42,6 +43,12 @@ class BinaryConstants:
     both: bool
     #: whether derivatives by w1 and w2 are wanted
     weights_learn: bool = False
+    #: neighbours compare probabilities of truth by their KL divergence, instead of logits by Huber's loss
+    divergence: bool = False
+    #: where the larger of two neighbours is right, the smaller one learns more from it and less from the label
+    evaluated: bool = False
+    #: levels at the end whose columns stay as they are: kernels may leave out their gradients
+    num_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class NegativeTerms:
 
     #: [n]: sum over negatives of weight x softplus(z) (equation 5)
     hard_n: Tensor
-    #: [n]: sum over negatives of Huber(z_(i-1) - z_i), 0 where nothing is taught (equation 2)
+    #: [n]: sum over negatives of Huber(z_(i-1) - z_i), or the divergence; 0 where nothing is taught (equation 2)
     mutual_n: Tensor
     #: scalar: derivative of the weighted sum by w2
     w2_slope: Tensor
@@ -85,16 +92,37 @@ def negative_losses(
     evidence = torch.stack([torch.zeros_like(values[0]) if i < 0 else values[i] for i in constants.evidence])
     over = "batch" if constants.over_batch else "positive"
     weights = negative_weights(evidence, w2, keep_XPK, over=over, workers=workers)
-    hard_n = (weights * F.softplus(logits)).flatten(1).sum(1)
-    return hard_n, mutual_sums(constants, logits.flatten(1))
+    losses = weights * F.softplus(logits)
+    if constants.evaluated:
+        losses = losses * label_trust(constants, -logits.flatten(1)).view_as(losses)
+    return losses.flatten(1).sum(1), mutual_sums(constants, logits.flatten(1), -logits.flatten(1))
 
 
-def mutual_sums(constants: BinaryConstants, logits_nT: Tensor) -> Tensor:
-    """Return, per sub-model [n], the sum over T triples of Huber losses between it and the one below, where taught."""
-    larger_nT = logits_nT[1:] if constants.both else logits_nT[1:].detach()
-    losses = mutual_huber(logits_nT[:-1], larger_nT)
-    taught = torch.tensor(constants.taught[1:], device=losses.device)
-    return torch.cat([losses.new_zeros(1), losses * taught])
+def mutual_sums(constants: BinaryConstants, logits_nT: Tensor, right_nT: Tensor) -> Tensor:
+    """Return, per sub-model [n], the sum over T triples of the loss between it and the one below, where taught.
+
+    `right_nT`: the logits of being right about a triple, +z of positives and -z of negatives.
+    """
+    smaller_pT, larger_pT = logits_nT[:-1], logits_nT[1:]
+    if constants.divergence:
+        losses_pT = binary_divergence(smaller_pT, larger_pT, both=constants.both)
+    else:
+        losses_pT = mutual_huber(smaller_pT, larger_pT if constants.both else larger_pT.detach())
+    if constants.evaluated:
+        losses_pT = losses_pT * torch.sigmoid(right_nT[1:].detach())
+    taught_p = torch.tensor(constants.taught[1:], device=losses_pT.device)
+    return torch.cat([losses_pT.new_zeros(1), losses_pT.sum(1) * taught_p])
+
+
+def label_trust(constants: BinaryConstants, right_nT: Tensor) -> Tensor:
+    """Return how much each sub-model's own loss counts, [n, T]: what its teacher is not right about.
+
+    The soft label evaluation of DualDE (Zhu et al., 2022): a triple's soft label weighs as much as the teacher's
+    probability of being right, its hard label the rest. A sub-model that nobody teaches has its labels alone.
+    """
+    doubts_pT = torch.sigmoid(-right_nT[1:].detach())
+    taught_p1 = torch.tensor(constants.taught[1:], dtype=torch.bool, device=right_nT.device).unsqueeze(1)
+    return torch.cat([torch.where(taught_p1, doubts_pT, 1.0), torch.ones_like(right_nT[:1])])
 
 
 def negative_terms(

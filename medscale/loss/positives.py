@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medscale.loss.med import positive_weights
-from medscale.loss.negatives import BinaryConstants, mutual_sums
+from medscale.loss.negatives import BinaryConstants, label_trust, mutual_sums
 from medscale.workers import ALONE, Workers
 
 __all__ = ["PositiveTerms", "positive_losses", "positive_terms"]
@@ -23,7 +23,7 @@ class PositiveTerms:
 
     #: [n]: sum over positives of weight x softplus(-z) (equation 1)
     hard_n: Tensor
-    #: [n]: sum over positives of Huber(z_(i-1) - z_i), 0 where nothing is taught (equation 2)
+    #: [n]: sum over positives of Huber(z_(i-1) - z_i), or the divergence; 0 where nothing is taught (equation 2)
     mutual_n: Tensor
     #: scalar: derivative of the weighted sum by w1
     w1_slope: Tensor
@@ -38,7 +38,9 @@ def positive_losses(
     logits_nR = constants.logits(scores_nR)
     evidence_nR = _evidence(constants, scores_nR, logits_nR)
     weights_nR = positive_weights(evidence_nR, w1, form=_form(constants), workers=workers)
-    return -(weights_nR * F.logsigmoid(logits_nR)).sum(1), mutual_sums(constants, logits_nR)
+    if constants.evaluated:
+        weights_nR = weights_nR * label_trust(constants, logits_nR)
+    return -(weights_nR * F.logsigmoid(logits_nR)).sum(1), mutual_sums(constants, logits_nR, logits_nR)
 
 
 def positive_terms(
@@ -53,6 +55,9 @@ def positive_terms(
         logits_nR, temperatures_n1 = constants.logits(scores_nR), constants.logits.temperatures.unsqueeze(1)
         evidence_nR = _evidence(constants, scores_nR, logits_nR)
         weights_nR = positive_weights(evidence_nR, w1, form=_form(constants), workers=workers)
+        assert not (constants.evaluated and constants.weights_learn)
+        if constants.evaluated:
+            weights_nR = weights_nR * label_trust(constants, logits_nR)
         losses_nR = F.softplus(-logits_nR)
         hard_n = (weights_nR * losses_nR).sum(1)
         w1_slope = hard_n.new_zeros(())
@@ -62,15 +67,22 @@ def positive_terms(
             w1_slope = (hard_weights_n.unsqueeze(1) * weights_nR * slopes_nR * losses_nR).sum()
         gradient_nR = weights_nR.mul_(torch.sigmoid(-logits_nR)).mul_(-hard_weights_n.unsqueeze(1))
         taught_n = torch.tensor(constants.taught, dtype=scores_nR.dtype, device=scores_nR.device)
-        gaps_mR = logits_nR[:-1] - logits_nR[1:]
-        pulls_mR = gaps_mR.clamp(-1, 1)
-        mutual_m = (pulls_mR * gaps_mR.sub_(pulls_mR, alpha=0.5)).sum(1) * taught_n[1:]
-        pulls_mR *= (mutual_weights_n * taught_n)[1:].unsqueeze(1)
+        pulls_mR = _pulls(constants, logits_nR) * (mutual_weights_n * taught_n)[1:].unsqueeze(1)
         gradient_nR[:-1] += pulls_mR
         if constants.both:
             gradient_nR[1:] -= pulls_mR
-        mutual_n = torch.cat([mutual_m.new_zeros(1), mutual_m])
+        mutual_n = mutual_sums(constants, logits_nR, logits_nR)
         return PositiveTerms(hard_n, mutual_n, w1_slope, gradient_nR.mul_(temperatures_n1))
+
+
+def _pulls(constants: BinaryConstants, logits_nR: Tensor) -> Tensor:
+    """Return the derivative of neighbours' loss by the smaller one's logits [n - 1, R]."""
+    smaller_mR, larger_mR = logits_nR[:-1], logits_nR[1:]
+    if constants.divergence:
+        pulls_mR = torch.sigmoid(smaller_mR) - torch.sigmoid(larger_mR)
+    else:
+        pulls_mR = (smaller_mR - larger_mR).clamp(-1, 1)
+    return pulls_mR.mul_(torch.sigmoid(larger_mR)) if constants.evaluated else pulls_mR
 
 
 def _form(constants: BinaryConstants) -> str:

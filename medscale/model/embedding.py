@@ -17,12 +17,13 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -176,6 +177,29 @@ class EntityTable(nn.Module):
                 drawn = _draw(draws, (stop - start, block.width), scale, uniform=self.layout.scorer.is_distance)
                 a, b = max(start, first), min(stop, last)
                 weight[a - first : b - first] = drawn[a - start : b - start]
+
+    def fill(self, first_column: int, columns: Callable[[int, int, int], NDArray[np.float32]]) -> None:
+        """Set the columns from one on; `columns(start, stop, number)` gives the first so many of rows [start, stop)."""
+        number = self.layout.num_columns - first_column
+        for block, first, weight in self._local_weights():
+            begin, end = max(block.start, first_column), min(block.start + block.width, self.layout.num_columns)
+            if begin >= end:
+                continue
+            for start in range(0, len(weight), _INIT_ROWS):
+                stop = min(start + _INIT_ROWS, len(weight))
+                given = torch.from_numpy(columns(first + start, first + stop, number))
+                weight[start:stop, begin - block.start : end - block.start] = given[
+                    :, begin - first_column : end - first_column
+                ]
+
+    def fill_state(self, first_column: int, state_of: Callable[[int], Tensor]) -> None:
+        """Set row-wise Adagrad's state of blocks from a column on; `state_of(column)` gives all rows' [E] there."""
+        state = {key.split(".")[0]: value for key, value in self.optimizer_state().items()}
+        for block, first, weight in self._local_weights():
+            if block.start >= first_column:
+                of_rows = state_of(block.start - first_column)[first : first + len(weight)]
+                for shard in state[block.name].local_shards():
+                    shard.tensor.copy_(of_rows.view_as(shard.tensor))
 
     def weights(self) -> dict[str, ShardedTensor]:
         """Return each block's sharded weight by name, sharing memory with the table."""

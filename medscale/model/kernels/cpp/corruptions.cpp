@@ -24,7 +24,7 @@ template <class T> constexpr i64 PAIR = 2 * WIDTH<T>;
 // The arguments of a step's corruption, in the order in which cpu_corruptions.py lists them.
 template <class T> struct Corruptions {
     i64 geometry, num_sub_models, num_chunks, num_queries, num_candidates, stride, row_stride;
-    i64 raw, over_batch, both, weights_learn;
+    i64 raw, over_batch, both, weights_learn, divergence, evaluated, num_moving;
     double w2;
     const i64* ends_n;
     const T *kappas_n, *temperatures_n, *margins_n;
@@ -55,12 +55,14 @@ template <class T> struct Workspace {
     std::vector<T> weights_mK, decays_mK;
     // of one query: how to normalise weights, derivatives by the gap to the sub-model above
     std::vector<T> tops_n, totals_n, slopes_K, present_K, kept_K, zeros_K;
+    // of one query: how much labels count beside what the sub-model above teaches
+    std::vector<T> trust_K;
 
     explicit Workspace(const Corruptions<T>& a)
         : tiles((a.num_candidates + LANES - 1) / LANES), padded(tiles * LANES),
           candidates_TCN(tiles * a.ends_n[a.num_sub_models - 1] * LANES), scores_PnK(QUERIES * a.num_sub_models * padded),
           weights_mK(SUB_MODELS * padded), decays_mK(SUB_MODELS * padded), tops_n(a.num_sub_models), totals_n(a.num_sub_models),
-          slopes_K(padded), present_K(padded), kept_K(padded), zeros_K(padded) {
+          slopes_K(padded), present_K(padded), kept_K(padded), zeros_K(padded), trust_K(padded) {
         std::fill(present_K.begin(), present_K.begin() + a.num_candidates, T(1));
     }
 };
@@ -144,7 +146,8 @@ void slope_sums(const Corruptions<T>& a, i64 i, i64 query, T scale, const T* sco
 }
 
 // Take one query's losses, and turn its scores into what each level's own sum is worth to them, last level first.
-// z = a (gamma + s). Weight x softplus(z) is equation 5, Huber between neighbours' z equation 2.
+// z = a (gamma + s). Weight x softplus(z) is equation 5, Huber between neighbours' z equation 2; instead of it the KL
+// divergence between their sigmoids, or labels weighed by what a teacher is right about (see negatives.py).
 template <int G, bool WEIGHTS_LEARN, class T>
 void differentiate_losses(const Corruptions<T>& a, i64 query, T* __restrict scores_nK, Workspace<T>& w) {
     const i64 n = a.num_sub_models, padded = w.padded, per_sum = a.num_chunks * a.num_queries * n;
@@ -152,6 +155,7 @@ void differentiate_losses(const Corruptions<T>& a, i64 query, T* __restrict scor
     const T* present = w.present_K.data();
     T* __restrict slopes = w.slopes_K.data();
     std::fill(w.slopes_K.begin(), w.slopes_K.end(), T(0));
+    std::fill(w.trust_K.begin(), w.trust_K.end(), T(1));
     i64 first = n;
     for (i64 i = n - 1; i >= 0; i--) {
         if (i < first) {
@@ -173,6 +177,7 @@ void differentiate_losses(const Corruptions<T>& a, i64 query, T* __restrict scor
         const T pull_above = above > i && a.taught_n[above] ? sign * a.mutual_weights_n[above] * own_a : T(0);
         const T kappa = above > i ? a.kappas_n[above] : T(0);
         const T* scores_below = scores_nK + below * padded;
+        const T* decays_below = below < first ? nullptr : w.decays_mK.data() + (below - first) * padded;
         const T* factors_above = above > i ? scores_nK + above * padded : w.zeros_K.data();
         T* scores = scores_nK + i * padded;
         Pair<T> hard = {}, mutual = {};
@@ -180,12 +185,30 @@ void differentiate_losses(const Corruptions<T>& a, i64 query, T* __restrict scor
             Pair<T> s = load_pair(scores + k), weight = load_pair(weights + k);
             Pair<T> z = own_a * (gamma + s);
             Pair<T> u = load_pair(decays + k), sigmoid = reciprocal(T(1) + u);
+            Pair<T> truth = where_negative(z, u * sigmoid, sigmoid);
             // larger(0, z) is z where that is not a number
-            hard += weight * (larger(T(0), z) + log_1_plus(u));
+            Pair<T> loss = larger(T(0), z) + log_1_plus(u);
             Pair<T> gap = a_below * (gamma_below + load_pair(scores_below + k)) - z;
-            Pair<T> slope = load_pair(present + k) * smaller(T(1), larger(T(-1), gap));
-            mutual += slope * (gap - T(0.5) * slope);
-            Pair<T> factor = (pull * weight) * where_negative(z, u * sigmoid, sigmoid);
+            Pair<T> slope, apart;
+            if (a.divergence) [[unlikely]] {
+                Pair<T> z_below = z + gap;
+                Pair<T> u_below = decays_below ? load_pair(decays_below + k) : exponential(-absolute(z_below));
+                Pair<T> sigmoid_below = reciprocal(T(1) + u_below);
+                slope = load_pair(present + k) * (where_negative(z_below, u_below * sigmoid_below, sigmoid_below) - truth);
+                apart = larger(T(0), z_below) + log_1_plus(u_below) - loss - truth * gap;
+                apart = a.both ? slope * gap : load_pair(present + k) * apart;
+            } else {
+                slope = load_pair(present + k) * smaller(T(1), larger(T(-1), gap));
+                apart = slope * (gap - T(0.5) * slope);
+            }
+            if (a.evaluated) [[unlikely]] {
+                weight = weight * load_pair(w.trust_K.data() + k);
+                slope = slope * (T(1) - truth), apart = apart * (T(1) - truth);
+                store(w.trust_K.data() + k, a.taught_n[i] ? truth : Pair<T>{all(T(1)), all(T(1))});
+            }
+            hard += weight * loss;
+            mutual += apart;
+            Pair<T> factor = (pull * weight) * truth;
             // the gap to the one above was taken when that one's turn was
             factor += pull_above * load_pair(slopes + k) - pull_below * slope;
             store(slopes + k, slope);
@@ -261,7 +284,7 @@ void corrupt(const Corruptions<T>& a, i64 offset, bool only_weights, i64 first, 
             T* query_gradient_PC = a.query_gradient_XPC + at;
             T* scale_gradient_PC = G == SCALED_L1 ? a.scale_gradient_XPC + at : nullptr;
             for (i64 t = 0; t < w.tiles; t++)
-                for (i64 level = 0, begin = 0; level < n; begin = a.ends_n[level++])
+                for (i64 level = 0, begin = 0; level < a.num_moving; begin = a.ends_n[level++])
                     for (i64 c = begin; c < a.ends_n[level]; c += COLUMNS)
                         for (i64 p = 0; p < count; p += TOGETHER) {
                             const i64 end = std::min(c + COLUMNS, a.ends_n[level]), shift = p * a.stride;
