@@ -1,0 +1,139 @@
+"""Cells: one trained model, or one way to crop another's, and the job that trains it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from medscale.baselines.crops import Method as Crop
+from medscale.baselines.distillation import Method as Lesson
+from medscale.config import DISTANCES, Job
+from medscale.jobfile import parse_job
+from medscale.search import Trial
+from medscale.trainer import initial_scale
+
+__all__ = [
+    "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "RATES", "SCORERS", "SIXTY_FOUR",
+    "STAGE", "SUB_MODELS", "Cell", "mean_mrr", "rate_of", "rates_of",
+]  # fmt: skip
+
+DATASETS = ("WN18RR", "FB15k-237")
+SCORERS = {"TransE": "transe", "SimplE": "simple", "RotatE": "rotate", "PairRE": "pairre"}
+SIXTY_FOUR = tuple(range(10, 641, 10))
+LARGEST = SIXTY_FOUR[-1]
+#: those that tables show
+DIMS = (10, 40, 160, 640)
+CROPS: Mapping[str, Crop] = {"Ext": "ext", "Ext-L": "ext-l", "Ext-V": "ext-v", "PCA": "pca"}
+LESSONS: Mapping[str, Lesson] = {"BKD": "bkd", "TA": "ta", "DualDE": "dualde", "IterDE": "iterde"}
+#: parameter-efficient models of table 4, by data set: encoders, and directly trained models, with the paper's dims
+COMPACT: Mapping[str, Mapping[str, tuple[int, str]]] = {
+    "WN18RR": {
+        "RotatE-large": (500, ""), "RotatE-small": (50, ""),
+        "NodePiece": (100, "kind: nodepiece, reserved: 500, nearest: 50, relations: 4"),
+        "EARL": (200, "kind: earl, reserved: 4094, nearest: 10"),
+    },
+    "FB15k-237": {
+        "RotatE-large": (1000, ""), "RotatE-small": (100, ""),
+        "NodePiece": (100, "kind: nodepiece, reserved: 1000, nearest: 20, relations: 15"),
+        "EARL": (150, "kind: earl, reserved: 1454, nearest: 10"),
+    },
+}  # fmt: skip
+#: the learning rates that encoders are tried with
+_ENCODER_RATES = (0.003, 0.01, 0.03, 0.1)
+#: sub-models by the name that a run has in table 8; the paper does not say which 16
+SUB_MODELS = {"MED": SIXTY_FOUR, "MED n=16": (10, *range(40, 561, 40), 640), "MED n=4": DIMS}
+ABLATIONS = {
+    "MED w/o MLM": ", mutual: off", "MED w/o EIM": ", evolution: off", "MED w/o DLW": ", dynamic_weight: false",
+}  # fmt: skip
+
+#: the learning rates that every model is tried with, as multiples of the size of its initial columns: those of a small
+#: model are far larger than those of a large one, and so are the steps that move them
+RATES = {"distances": (0.6, 2.0, 6.0, 20.0), "products": (0.06, 0.2, 0.6, 2.0)}
+#: relations that are no vectors of that size (phases, factors) move by this times the multiple
+_RELATION_RATE = 0.05
+#: the part of its training after which DualDE's teacher learns too, and IterDE's soft labels have their whole weight
+STAGE = 1 / 2
+
+# Neighbours compare probabilities: Huber's loss of logits (the paper's) never stops pulling at easy negatives, whose
+# logits grow with the model, until it outweighs the loss on the labels.
+_JOB = """
+name: {name}
+graph:
+  name: {files}
+  train: [{files}/train.tsv.zst]
+  valid: [{files}/valid.tsv.zst]
+  test: [{files}/test.tsv.zst]
+model:
+  scorer: {scorer}
+  dims: {dims}
+  tiers: {{{tiers}}}
+encoder: {{{encoder}}}
+negatives: {{kind: chunk, number: 64, chunk_size: 32}}
+loss: {{kind: bce, margin: 9.0}}
+med: {{mutual_loss: kl{med}}}
+optimizer: {{kind: rowwise_adagrad, lr: 0.03, schedule: linear}}
+train:
+  epochs: {epochs}
+  batch_size: 1024
+  validate_every: 5
+  valid_triples: 500
+checkpoint: {{every_steps: 100000}}
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, or one way to crop another's: a row of a table at some dims."""
+
+    dataset: str
+    scorer: str
+    method: str
+    #: the dim it was trained for; None: all dims of one croppable run, or of one model's crops
+    dim: int | None
+
+    @property
+    def name(self) -> str:
+        """The name of its run and of its file."""
+        method = self.method.replace("w/o ", "without ").replace("=", "").replace(" ", "_")
+        return f"{self.dataset}_{self.scorer}_{method}{'' if self.dim is None else f'_{self.dim}'}".lower()
+
+    @property
+    def teacher(self) -> "Cell":
+        """The largest directly trained model, which others are crops or students of."""
+        return Cell(self.dataset, self.scorer, "DT", LARGEST)
+
+    def job(self, epochs: int, dim: int | None = None) -> Job:
+        """Return the job that trains the cell's model, or one of another dim alone."""
+        dim = dim or self.dim
+        encoder = COMPACT[self.dataset].get(self.method, (0, ""))[1]
+        dims = SUB_MODELS.get(self.method, SIXTY_FOUR) if dim is None else (dim,)
+        text = _JOB.format(
+            name=self.name, files=self.dataset, scorer=SCORERS[self.scorer], dims=list(dims),
+            med=ABLATIONS.get(self.method, ""), epochs=epochs, encoder=encoder,
+            tiers=", ".join(f"d{dim}: {dim}" for dim in dims if len(dims) == 1 or dim in DIMS),
+        )  # fmt: skip
+        return parse_job(text, self.name)
+
+
+def rates_of(job: Job) -> list[dict[str, str]]:
+    """Return the learning rates to try with a job, as keys and values."""
+    if job.encoder.kind != "none":
+        return [{"encoder.lr": str(rate)} for rate in _ENCODER_RATES]
+    multiples = RATES["distances" if job.model.scorer in DISTANCES else "products"]
+    return [rate_of(job, multiple) for multiple in multiples]
+
+
+def rate_of(job: Job, multiple: float) -> dict[str, str]:
+    """Return a learning rate that is a multiple of the size of the initial columns."""
+    rate = {"optimizer.lr": f"{multiple * initial_scale(job):.3g}"}
+    if job.model.scorer in ("rotate", "pairre"):
+        rate["optimizer.relation_lr"] = f"{multiple * _RELATION_RATE:.3g}"
+    return rate
+
+
+def mean_mrr(trial: Trial) -> float:
+    """Return a trial's validation MRR, averaged over the dims that tables show: a croppable run serves them alike.
+
+    Of a student it is that of the student alone.
+    """
+    of_dims = {int(dim): mrr for dim, mrr in trial.mrr_by_dim.items()}
+    shown = [mrr for dim, mrr in of_dims.items() if dim in DIMS] or list(of_dims.values())
+    return sum(shown) / len(shown)

@@ -1,0 +1,253 @@
+"""Filling cells: models are trained within their budget, others cropped out of one; what was measured is kept."""
+
+import base64
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from environment import environment
+from numpy.typing import NDArray
+
+from medscale.baselines.crops import arranged
+from medscale.baselines.distillation import assistant_dim, chain, student
+from medscale.checkpoint import committed, committed_steps, newest_checkpoint, open_tables, step_of
+from medscale.config import Job
+from medscale.evaluate import PROTOCOL, rank_tables
+from medscale.graph.known_triples import KnownTriples
+from medscale.graph.reader import Graph
+from medscale.jobfile import dump_job, parse_job, with_values
+from medscale.logs import log
+from medscale.model.encoder import encoder_of
+from medscale.model.layout import Layout
+from medscale.prepare import prepare
+from medscale.ranking import Ranks, count_halves, records_of
+from medscale.search import search
+from medscale.storage import write_json
+from medscale.train import time_limit, train
+from medscale.trainer import Outcome, initial_scale
+from reproduction.cells import (
+    CROPS,
+    DIMS,
+    LARGEST,
+    LESSONS,
+    SIXTY_FOUR,
+    STAGE,
+    Cell,
+    mean_mrr,
+    rate_of,
+    rates_of,
+)
+
+__all__ = ["CLOCK", "Reproduction", "correct_answers"]
+
+#: budgets and times are of processor time, all threads together, so that other work on the machine takes none of it; on
+#: a GPU, whose work that does not count, of the clock on the wall
+CLOCK = time.monotonic if torch.cuda.is_available() else time.process_time
+
+
+class Reproduction:
+    """The cells of a directory: fills what is missing."""
+
+    def __init__(
+        self, out: Path, runs_dir: Path, data_dir: Path, *, budget: float, epochs: int, trial_epochs: int
+    ) -> None:  # fmt: skip
+        self.cells, self.runs_dir, self.data_dir = out / "cells", runs_dir, data_dir
+        self.budget, self.epochs, self.trial_epochs = budget, epochs, trial_epochs
+        self.cells.mkdir(parents=True, exist_ok=True)
+
+    def found(self, cell: Cell) -> dict[str, Any] | None:
+        """Return what was measured of a cell."""
+        path = self.cells / f"{cell.name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def fill(self, cell: Cell) -> dict[str, Any]:
+        """Train a cell's model, or crop the largest directly trained one; return what was measured, then or before."""
+        if (found := self.found(cell)) is not None:
+            return found
+        if cell.method in CROPS:
+            self._crop(cell)
+        elif cell.method in LESSONS:
+            self._teach(cell)
+        else:
+            self._write_run(cell, *self._tuned(cell.job, cell.name, self.epochs))
+        found = self.found(cell)
+        assert found is not None
+        return found
+
+    # -- training -----------------------------------------------------------------------------------------
+
+    def _teach(self, cell: Cell) -> None:
+        """Train a student of the largest directly trained model, and what stands between them."""
+        assert cell.dim is not None
+        method, teacher, teacher_dim, epochs = LESSONS[cell.method], cell.teacher.name, LARGEST, self.epochs
+        self._run_of(cell.teacher)
+        earlier = 0.0
+
+        def job_of(epochs: int, dim: int = cell.dim, name: str = cell.name) -> Job:
+            direct = cell.job(epochs, dim)
+            steps = epochs * -(-self._graph(direct).num_triples["train"] // direct.train.batch_size)
+            return student(method, direct, name, teacher, teacher_dim, stage_steps=round(STAGE * steps))
+
+        if method == "iterde":
+            # All models of the chain share the epochs of one; those between take the teacher's own learning rate.
+            between = chain(cell.dim, teacher_dim)[1:-1]
+            epochs, multiple = max(1, epochs // (len(between) + 1)), self._multiple(cell.teacher)
+            for dim in between:
+                job = job_of(epochs, dim, f"{cell.name}_over_{dim}")
+                _, seconds, _ = self._trained(with_values(job, rate_of(job, multiple), job.name), self.budget)
+                earlier, teacher, teacher_dim = earlier + seconds, job.name, dim
+        elif method == "ta":
+            of_dims = {dim: Cell(cell.dataset, cell.scorer, "DT", dim) for dim in sorted({*DIMS, cell.dim})}
+            mrr_of = {dim: max(v["mrr"][str(dim)] for v in self.fill(c)["validations"]) for dim, c in of_dims.items()}
+            teacher_dim = assistant_dim(mrr_of, cell.dim, teacher_dim)
+            assistant = Cell(cell.dataset, cell.scorer, "BKD", teacher_dim)
+            earlier, teacher = self.fill(assistant)["seconds"], self._run_of(assistant).name
+        run = self._tuned(job_of, cell.name, epochs)
+        self._write_run(cell, *run, teacher=teacher, earlier_seconds=round(earlier, 1))
+
+    def _multiple(self, cell: Cell) -> float:
+        """Return the learning rate of a trained cell as a multiple of the size of its initial columns."""
+        job = parse_job(self.fill(cell)["job"], cell.name)
+        return job.optimizer.lr / initial_scale(job)
+
+    def _tuned(self, job_of: Callable[[int], Job], name: str, epochs: int) -> tuple[Job, float, bool, list[list[Any]]]:
+        """Train with the best of all learning rates for as many epochs as are wanted and the budget has time for.
+
+        `job_of` gives the job by epochs. Returns the job, the seconds, whether they ran out, and the trials.
+        """
+        job = job_of(self.trial_epochs)
+        trials, stopped = search(job, self._graph(job), self.runs_dir / f"{name}-search", rates_of(job), clock=CLOCK)
+        if stopped is not None:
+            sys.exit(128 + stopped)
+        judged = [trial for trial in trials if trial.mrr is not None]
+        if not judged:
+            sys.exit(f"{name}: all trials diverged")
+        best, seconds = max(judged, key=mean_mrr), min(trial.seconds / self.trial_epochs for trial in judged)
+        job = job_of(max(1, min(epochs, int(60 * self.budget / seconds))))
+        tried = [[next(iter(t.values.values())), None if t.mrr is None else round(mean_mrr(t), 4)] for t in trials]
+        job, seconds, rang = self._trained(with_values(job, best.values, name), 1.1 * self.budget)
+        return job, seconds, rang or job.train.epochs < epochs, tried
+
+    def _trained(self, job: Job, budget: float) -> tuple[Job, float, bool]:
+        """Train a job until its budget is spent; return it, the seconds, and whether they ran out."""
+        run_directory = self.runs_dir / job.name
+        if run_directory.exists():
+            shutil.rmtree(run_directory)  # its minutes are unknown
+        start = CLOCK()
+        with time_limit(budget, CLOCK) as rang:
+            outcome, number = train(job, self._graph(job), run_directory)
+        if outcome is Outcome.INTERRUPTED and not rang.is_set():
+            sys.exit(128 + (number or 15))
+        return job, CLOCK() - start, rang.is_set()
+
+    def _write_run(
+        self, cell: Cell, job: Job, seconds: float, out_of_time: bool, trials: list[list[Any]], **more: Any
+    ) -> None:
+        run_directory = self.runs_dir / job.name
+        graph, tables = self._graph(job), open_tables(newest_checkpoint(run_directory))
+        newest = committed(run_directory, step_of(committed_steps(run_directory)[-1]))
+        ranks = rank_tables(job, graph, tables, graph.triples("test"), "test")
+        if cell.method in LESSONS:  # the last level is the teacher
+            ranks = Ranks(ranks.dims[:-1], ranks.head[:-1], ranks.tail[:-1])
+        self._write(cell, ranks, {
+            "job": dump_job(job), "seconds": round(seconds, 1), "budget_minutes": self.budget,
+            "out_of_time": out_of_time, "step": tables.facts["step"],
+            "parameters_million": {str(d): _num_parameters(job, graph, tables.layout, d) / 1e6 for d in ranks.dims},
+            "validations": newest.facts["progress"]["validations"], "trials": trials,
+            "trial_epochs": self.trial_epochs, **more,
+        })  # fmt: skip
+
+    # -- cropping -----------------------------------------------------------------------------------------
+
+    def _crop(self, cell: Cell) -> None:
+        largest = cell.teacher
+        directory = self._run_of(largest)
+        job = parse_job(self.fill(largest)["job"], largest.name)
+        graph, tables = self._graph(job), open_tables(newest_checkpoint(directory))
+        triples = graph.triples("test")
+        start = CLOCK()
+        rows_EC = tables.rows().slice(0, graph.num_entities)
+        model = arranged(
+            CROPS[cell.method], job, rows_EC, tables.relation_table, tables.layout, graph.triples("valid")
+        ).cropped(SIXTY_FOUR)
+        seconds = CLOCK() - start
+        known = KnownTriples.of_graph(graph, about=triples)
+        halves_2nT = count_halves(triples, model.table(), model.relations_RC, model.layout, known)
+        ranks = Ranks.of_halves(model.layout.dims, halves_2nT)
+        self._write(cell, ranks, {"of": largest.name, "seconds": round(seconds, 1)})
+
+    def vectors(self, cell: Cell, dim: int) -> tuple[Graph, NDArray[np.float32]]:
+        """Return the graph, and the entities' first columns [E, C] of a cell's model of a dim, trained if need be."""
+        largest = cell.teacher if cell.method in CROPS else cell
+        directory = self._run_of(largest)
+        job = parse_job(self.fill(largest)["job"], largest.name)
+        graph, tables = self._graph(job), open_tables(newest_checkpoint(directory))
+        rows_EC = tables.rows().slice(0, graph.num_entities)
+        if cell.method in CROPS:
+            valid = graph.triples("valid")
+            rows_EC = arranged(CROPS[cell.method], job, rows_EC, tables.relation_table, tables.layout, valid).rows_EC
+        columns_EC: NDArray[np.float32] = rows_EC[:, : dim * tables.layout.scorer.unit_columns].numpy()
+        return graph, columns_EC
+
+    # -- both ---------------------------------------------------------------------------------------------
+
+    def _graph(self, job: Job) -> Graph:
+        return prepare(job, data_root=self.data_dir, graphs_root=self.runs_dir / "graphs")
+
+    def _run_of(self, cell: Cell) -> Path:
+        """Return the run directory of a cell that others need, trained if need be."""
+        self.fill(cell)
+        directory = self.runs_dir / cell.name
+        if not directory.exists():
+            sys.exit(f"{directory} is gone, and others need its model: remove cells/{cell.name}.json to train it anew")
+        return directory
+
+    def _write(self, cell: Cell, ranks: Ranks, measured: Mapping[str, Any]) -> None:
+        records = field_records(ranks)
+        write_json(self.cells / f"{cell.name}.json", {
+            "environment": environment(f"python tools/reproduce.py (cell {cell.name})", len(os.sched_getaffinity(0))),
+            "dataset": cell.dataset, "scorer": cell.scorer, "method": cell.method, "dim": cell.dim,
+            "protocol": PROTOCOL, **measured, "records": records, "answered": answered(ranks),
+        })  # fmt: skip
+        log(f"{cell.name}: " + ", ".join(f"{r['mrr']:.3f} @{r['dim']}" for r in records if r["dim"] in DIMS))
+
+
+def _num_parameters(job: Job, graph: Graph, layout: Layout, dim: int) -> int:
+    """Return the numbers that a sub-model of a job is made of."""
+    encoder = encoder_of(job.encoder, graph, layout.num_columns, 1.0, job.seed, torch.device("cpu"))
+    if encoder is None:
+        return layout.num_parameters(dim)
+    return encoder.num_parameters + layout.num_relation_rows * layout.num_relation_columns
+
+
+def field_records(ranks: Ranks) -> list[dict[str, Any]]:
+    """Return figures per dim by the field's protocol, both sides."""
+    wanted = ("dim", "mrr", "hits@1", "hits@3", "hits@10", "mean_rank", "num_queries")
+    records = (r for r in records_of(ranks, "test") if (r["protocol"], r["side"]) == ("field", "both"))
+    return [{key: record[key] for key in wanted} for record in records]
+
+
+def answered(ranks: Ranks) -> dict[str, str]:
+    """Return, per dim that tables show, which queries are answered among the first ten: bits, in base 64."""
+    correct_nQ = ranks.of("both") <= 10
+    return {
+        str(dim): base64.b64encode(np.packbits(correct_Q).tobytes()).decode()
+        for dim, correct_Q in zip(ranks.dims, correct_nQ, strict=True)
+        if dim in DIMS
+    }
+
+
+def correct_answers(found: Mapping[str, Any]) -> dict[int, NDArray[np.bool_]]:
+    """Return what `answered` wrote: bool [Q] by dim."""
+    number = found["records"][0]["num_queries"]
+    return {
+        int(dim): np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8), count=number).astype(bool)
+        for dim, bits in found["answered"].items()
+    }
