@@ -107,7 +107,8 @@ class Objective(torch.nn.Module):
         chosen = self._chosen(step)
         constants = self._binary_constants(chosen, step)
         weights_n = self._loss_weights()
-        weights_n = weights_n * torch.tensor([float(i in chosen) for i in range(len(weights_n))]).to(weights_n)
+        trained = set(chosen)
+        weights_n = weights_n * torch.tensor([float(i in trained) for i in range(len(weights_n))]).to(weights_n)
         num_positives = sum(c.total_positives for c in batch.corruptions)
         barrier = self.scaling.barrier() / self.workers.size
         total, penalty = barrier, weights_n.new_zeros(())
@@ -173,12 +174,12 @@ class Objective(torch.nn.Module):
 
     def _binary_constants(self, chosen: Sequence[int], step: int) -> BinaryConstants:
         """Return whose scores weigh whose triples, and who teaches whom, in a step that trains some sub-models."""
-        med, number = self.job.med, range(len(self.layout.dims))
+        med, number, trained = self.job.med, range(len(self.layout.dims)), set(chosen)
         # The smallest has no previous one: its weights are even.
         evidence = {"off": [-1 for _ in number], "previous": [i - 1 for i in number], "own": list(number)}
         return BinaryConstants(
             logits=self.logits, evidence=tuple(evidence[med.evolution]),
-            taught=tuple(med.mutual != "off" and i > 0 and i in chosen for i in number), raw=med.form == "paper",
+            taught=tuple(med.mutual != "off" and i > 0 and i in trained for i in number), raw=med.form == "paper",
             over_batch=med.normalize == "batch", both=med.mutual == "both", weights_learn=med.weights == "learnable",
             divergence=med.mutual_loss == "kl", evaluated=med.labels == "evaluated",
             num_kept=int(self.job.keeps_teacher(step)),

@@ -1,6 +1,7 @@
 """The CPU kernels against their plain twins: autograd through `PrefixScan` and `negative_losses`, and brute force."""
 
 import dataclasses
+import itertools
 import math
 import os
 import subprocess
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from medscale.batches.queries import Targets
 from medscale.config import ModelSection
-from medscale.loss import cpu_softmax
+from medscale.loss import cpu_positives, cpu_softmax
 from medscale.loss.bce import Logits
 from medscale.loss.cpu_corruptions import corruption_terms
 from medscale.loss.cpu_softmax import Softmax, product_log_probabilities
 from medscale.loss.negatives import BinaryConstants, negative_losses
+from medscale.loss.positives import positive_terms
 from medscale.loss.softmax import log_probabilities
 from medscale.model.kernels import cpu_pairs
 from medscale.model.kernels.cpu_ranks import rank_counts
@@ -28,6 +30,8 @@ from medscale.model.scoring import scorer_of
 from medscale.ranking import _plain_counts
 
 SCORERS = ["transe", "transe_l2", "rotate", "pairre", "simple", "complex", "distmult"]
+#: MED as it is by default, which kernels have a shorter way for
+PLAIN = {"both": False, "weights_learn": False}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
@@ -49,21 +53,22 @@ def constants_for(num_sub_models: int, dtype: torch.dtype, **changes: Any) -> Bi
 def close(fast: Tensor, plain: Tensor, dtype: torch.dtype, size: float = 0.0) -> None:
     """Compare relative to the largest number (or `size`), as sums of many terms can only agree to that."""
     tolerance = TOLERANCE[dtype]
-    size = max(size, 1e-30, float(plain[plain.isfinite()].abs().max()) if plain.isfinite().any() else 0.0)
+    size = max(size, 1e-25, float(plain[plain.isfinite()].abs().max()) if plain.isfinite().any() else 0.0)
     torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance * size, equal_nan=True)
 
 
 def compare_corruption(
-    scan: PrefixScan, constants: BinaryConstants, query: Tensor, rows: Tensor, candidates: Tensor, keep: Tensor
-) -> None:
+    scan: PrefixScan, constants: BinaryConstants, query: Tensor, rows: Tensor, candidates: Tensor, keep: Tensor,
+    sharpness: float = 0.7,
+) -> None:  # fmt: skip
     """Compare losses and gradients of chunks of queries against their candidates."""
     dtype, n = query.dtype, len(scan.dims)
     scale = torch.randn_like(query) if scan.scorer.scale else None
     hard_weights, mutual_weights = torch.rand(n, dtype=dtype), torch.rand(n, dtype=dtype) / max(1, keep.numel())
-    hard_weights[n // 2] = 0 if n > 2 else 1
+    hard_weights[n // 2] = 0 if n > 2 and sharpness != 1 else 1
     leaves = [query.clone().requires_grad_(), rows.clone().requires_grad_()]
     leaves += [scale.clone().requires_grad_()] if scale is not None else []
-    w2 = torch.tensor(0.7, dtype=dtype, requires_grad=True)
+    w2 = torch.tensor(sharpness, dtype=dtype, requires_grad=True)
     scores = scan.scores(leaves[0], leaves[1][candidates], leaves[2] if scale is not None else None)
     hard, mutual = negative_losses(constants, w2, scores, keep)
     total = (hard_weights * hard).sum() + (mutual_weights * mutual).sum()
@@ -71,8 +76,9 @@ def compare_corruption(
 
     row_gradients = torch.zeros_like(rows)
     terms = corruption_terms(
-        scan.levels, constants, 0.7, query, rows, candidates, keep, scale, hard_weights, mutual_weights, row_gradients
-    )
+        scan.levels, constants, sharpness, query, rows, candidates, keep, scale, hard_weights, mutual_weights,
+        row_gradients,
+    )  # fmt: skip
     close(terms.hard_n * (hard_weights > 0), hard.detach() * (hard_weights > 0), dtype)
     close(terms.mutual_n, mutual.detach(), dtype)
     close(terms.query_gradient_XPC, gradients[0], dtype)
@@ -125,6 +131,40 @@ def test_corruptions_equal_autograd(
         {"evaluated": True, "weights_learn": False, "taught": tuple(i % 2 == 1 for i in range(n))},
     ):  # fmt: skip
         compare_corruption(scan, constants_for(n, dtype, **changes), query, rows, candidates, keep)
+    # one exponential for all: near logits, a mixture, and all of them far, as columns of that size make them
+    for size in (0.1, 1.0, 4.0 if dtype == torch.float32 else 30.0):
+        for changes in ({"weights_learn": False}, {"over_batch": True, "weights_learn": False}, PLAIN):
+            constants = constants_for(n, dtype, **changes)
+            compare_corruption(scan, constants, query * size, rows * size, candidates, keep, sharpness=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_positives", [0, 1, 64, 131])
+@pytest.mark.parametrize("num_sub_models", [1, 2, 16, 21])
+def test_positives_equal_their_twin(num_sub_models: int, num_positives: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hard_weights, mutual_weights = torch.rand(2, num_sub_models, dtype=dtype)
+    sizes = (0.1, 3.0) if dtype == torch.float32 else (0.1, 5.0, 500.0)
+    for size, w1, both in itertools.product(sizes, (0.5, 3.0), (False, True)):
+        scores = -size * torch.rand(num_sub_models, num_positives, dtype=dtype)
+        constants, given = (
+            constants_for(num_sub_models, dtype, **{**PLAIN, "both": both}),
+            (hard_weights, mutual_weights),
+        )
+        assert cpu_positives.applies(constants, w1)
+        fast = cpu_positives.positive_terms(constants, w1, scores, *given)
+        plain = positive_terms(constants, torch.tensor(w1, dtype=dtype), scores, *given)
+        close(fast.hard_n, plain.hard_n, dtype)
+        close(fast.mutual_n, plain.mutual_n, dtype)
+        close(fast.gradient_nR, plain.gradient_nR, dtype)
+
+
+def test_a_broken_positive_shows_in_the_loss() -> None:
+    for value in (math.nan, -math.inf):
+        scores = -torch.rand(3, 70)
+        scores[1, 65] = value
+        terms = cpu_positives.positive_terms(constants_for(3, torch.float32, **PLAIN), 1.0, scores, *torch.ones(2, 3))
+        assert terms.hard_n.isfinite().tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -203,13 +243,20 @@ def test_any_number_of_threads_gives_the_same_bits(scorer: str) -> None:
         torch.set_num_threads(threads)
         try:
             gradients = torch.zeros_like(rows)
-            terms = corruption_terms(
-                scan.levels, constants_for(3, torch.float32), 1.0, query, rows, candidates, keep,
-                query if scan.scorer.scale else None, torch.ones(3), torch.ones(3), gradients,
+            of_positives = cpu_positives.positive_terms(
+                constants_for(3, torch.float32, **PLAIN), 1.0, -torch.arange(600.0).reshape(3, 200) / 300,
+                *torch.ones(2, 3),
             )  # fmt: skip
+            result = [of_positives.hard_n, of_positives.mutual_n, of_positives.gradient_nR, gradients]
+            for changes in ({}, PLAIN):
+                terms = corruption_terms(
+                    scan.levels, constants_for(3, torch.float32, **changes), 1.0, query, rows, candidates, keep,
+                    query if scan.scorer.scale else None, torch.ones(3), torch.ones(3), gradients,
+                )  # fmt: skip
+                result += [terms.hard_n, terms.mutual_n, terms.query_gradient_XPC]
         finally:
             torch.set_num_threads(1)
-        results.append((terms.hard_n, terms.mutual_n, terms.query_gradient_XPC, gradients))
+        results.append(result)
     for other in results[1:]:
         for one, same in zip(results[0], other, strict=True):
             assert torch.equal(one, same)

@@ -42,9 +42,12 @@ def corruption_terms(
     assert scale_XPC is None or scale_XPC.shape == query_XPC.shape, scale_XPC.shape
     tiles = -(-num_candidates // LANES)
     together = max(1, min(num_chunks, _WAITING // max(1, tiles * LANES * num_columns)))
-    # Per query: sums over its candidates of loss, of weight x evidence, of loss x evidence, and of mutual loss. They
-    # are added up over queries at the end, in the same order whoever took them.
-    sums_4XPn = query_XPC.new_zeros((4, num_chunks, num_queries, num_sub_models))
+    # Sums over candidates of loss, of weight x evidence, of loss x evidence, and of mutual loss: per query, but in the
+    # plain case, where only losses are wanted, per chunk. They are added up at the end, in the same order whoever took
+    # them.
+    c = constants
+    plain = not (c.over_batch or c.both or c.weights_learn or c.divergence or c.evaluated)
+    sums_4XPn = query_XPC.new_zeros((4, num_chunks, 1 if plain else num_queries, num_sub_models))
     largest_n, total_n = torch.zeros(num_sub_models, dtype=dtype), torch.ones(num_sub_models, dtype=dtype)
     query_gradient_XPC = query_XPC.new_zeros(query_XPC.shape)
     scale_gradient_XPC = None if scale_XPC is None else query_XPC.new_zeros(query_XPC.shape)
@@ -52,8 +55,8 @@ def corruption_terms(
     # struct Corruptions; the list keeps the tensors alive
     fields: list[Tensor | float | None] = [
         geometry_number(levels, scaled=scale_XPC is not None), num_sub_models, num_chunks, num_queries, num_candidates,
-        query_XPC.shape[2], rows_UC.shape[1], int(constants.raw), int(constants.over_batch), int(constants.both),
-        int(constants.weights_learn), int(constants.divergence), int(constants.evaluated),
+        query_XPC.shape[2], rows_UC.shape[1], int(plain), int(constants.raw), int(constants.over_batch),
+        int(constants.both), int(constants.weights_learn), int(constants.divergence), int(constants.evaluated),
         num_sub_models - constants.num_kept,
         float(w2), torch.tensor(levels.ends), torch.tensor(levels.kappas, dtype=dtype),
         constants.logits.temperatures.to(dtype), constants.logits.margins.to(dtype),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from medscale.loss.negatives import BinaryConstants, CorruptionTerms
-from medscale.loss.positives import positive_terms
+from medscale.loss.positives import PositiveTerms, positive_terms
 from medscale.model.kernels.levels import Levels
 from medscale.model.kernels.library import library
 from medscale.model.rows import Rows
@@ -29,8 +29,23 @@ class Kernels:
         self.corruptions: Any = importlib.import_module(
             "medscale.loss." + ("triton_corruptions" if on_gpu else "cpu_corruptions")
         )
+        #: on a GPU the plain one is as good
+        self.positives: Any = None if on_gpu else importlib.import_module("medscale.loss.cpu_positives")
         #: on a GPU torch's own log-softmax is as good
         self.softmax: Any = None if on_gpu else importlib.import_module("medscale.loss.cpu_softmax")
+
+    def positive_terms(
+        self, constants: BinaryConstants, w1: Tensor, scores_nR: Tensor, hard_weights_n: Tensor,
+        mutual_weights_n: Tensor, workers: Workers,
+    ) -> PositiveTerms:  # fmt: skip
+        """Return the losses of scored positives and their derivatives, the fast way where there is one."""
+        fast = self.positives
+        if fast is not None and fast.applies(constants, w1.item()):
+            terms: PositiveTerms = fast.positive_terms(
+                constants, w1.item(), scores_nR, hard_weights_n, mutual_weights_n, workers
+            )
+            return terms
+        return positive_terms(constants, w1, scores_nR, hard_weights_n, mutual_weights_n, workers)
 
     def positive_loss(
         self, levels: Levels, constants: BinaryConstants, query_RC: Tensor, target_RC: Tensor, scale_RC: Tensor | None,
@@ -70,7 +85,7 @@ class _PositiveLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         levels, constants, workers = arguments
         scores_nR: Tensor = kernels.pairs.pair_scores(levels, query_RC, target_RC, scale_RC)
-        terms = positive_terms(constants, w1, scores_nR, hard_weights_n, mutual_weights_n, workers)
+        terms = kernels.positive_terms(constants, w1, scores_nR, hard_weights_n, mutual_weights_n, workers)
         ctx.kernels, ctx.levels, ctx.terms = kernels, levels, terms
         ctx.save_for_backward(scores_nR, query_RC, target_RC, scale_RC)
         ctx.mark_non_differentiable(terms.hard_n, terms.mutual_n)

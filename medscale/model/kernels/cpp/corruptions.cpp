@@ -24,7 +24,7 @@ template <class T> constexpr i64 PAIR = 2 * WIDTH<T>;
 // The arguments of a step's corruption, in the order in which cpu_corruptions.py lists them.
 template <class T> struct Corruptions {
     i64 geometry, num_sub_models, num_chunks, num_queries, num_candidates, stride, row_stride;
-    i64 raw, over_batch, both, weights_learn, divergence, evaluated, num_moving;
+    i64 plain, raw, over_batch, both, weights_learn, divergence, evaluated, num_moving;
     double w2;
     const i64* ends_n;
     const T *kappas_n, *temperatures_n, *margins_n;
@@ -37,7 +37,7 @@ template <class T> struct Corruptions {
     const T* scale_XPC;
     // of the weights' exponentials over the whole batch
     const T *largest_n, *total_n;
-    // results: per query, sums over its candidates (see cpu_corruptions.py); gradients
+    // results: sums over candidates, per query or, where `plain`, per chunk (see cpu_corruptions.py); gradients
     T* sums_4XPn;
     T *query_gradient_XPC, *scale_gradient_XPC;
     T* tiles_XTCN;
@@ -46,9 +46,29 @@ template <class T> struct Corruptions {
 
 namespace {
 
+// What a sub-model's loss takes of itself and of its neighbours: logits a s + b, and by what derivatives are multiplied.
+template <class T> struct Level {
+    T a, b, a_below, b_below, pull, pull_below, pull_above, kappa_above;
+};
+
+// Neighbours that are missing, or not taught, pull with no weight: one loop serves all sub-models.
+template <class T> Level<T> level_of(const Corruptions<T>& arguments, i64 i) {
+    const Corruptions<T>& a = arguments;
+    const i64 below = std::max<i64>(i - 1, 0), above = std::min(i + 1, a.num_sub_models - 1);
+    const T own = a.temperatures_n[i], sign = a.geometry == PRODUCT || a.geometry == L2 ? 1 : -1;
+    return {
+        own, own * a.margins_n[i], a.temperatures_n[below], a.temperatures_n[below] * a.margins_n[below],
+        sign * a.hard_weights_n[i] * own,
+        i > 0 && a.taught_n[i] && a.both ? sign * a.mutual_weights_n[i] * own : T(0),
+        above > i && a.taught_n[above] ? sign * a.mutual_weights_n[above] * own : T(0),
+        above > i ? a.kappas_n[above] : T(0),
+    };
+}
+
 // Buffers of one thread.
 template <class T> struct Workspace {
     i64 tiles, padded;
+    std::vector<Level<T>> levels_n;
     // scores of a few queries, which become what each level's own sum is worth
     std::vector<T> candidates_TCN, scores_PnK;
     // of one query and a few sub-models: unnormalised weights, exp(-|z|)
@@ -57,12 +77,16 @@ template <class T> struct Workspace {
     std::vector<T> tops_n, totals_n, slopes_K, present_K, kept_K, zeros_K;
     // of one query: how much labels count beside what the sub-model above teaches
     std::vector<T> trust_K;
+    // of a chunk: losses, still side by side
+    std::vector<T> hard_nV, mutual_nV;
 
     explicit Workspace(const Corruptions<T>& a)
         : tiles((a.num_candidates + LANES - 1) / LANES), padded(tiles * LANES),
           candidates_TCN(tiles * a.ends_n[a.num_sub_models - 1] * LANES), scores_PnK(QUERIES * a.num_sub_models * padded),
           weights_mK(SUB_MODELS * padded), decays_mK(SUB_MODELS * padded), tops_n(a.num_sub_models), totals_n(a.num_sub_models),
-          slopes_K(padded), present_K(padded), kept_K(padded), zeros_K(padded), trust_K(padded) {
+          slopes_K(padded), present_K(padded), kept_K(padded), zeros_K(padded), trust_K(padded),
+          hard_nV(a.num_sub_models * WIDTH<T>), mutual_nV(a.num_sub_models * WIDTH<T>) {
+        for (i64 i = 0; i < a.num_sub_models; i++) levels_n.push_back(level_of(a, i));
         std::fill(present_K.begin(), present_K.begin() + a.num_candidates, T(1));
     }
 };
@@ -82,25 +106,48 @@ void score(const Corruptions<T>& a, const T* query_PC, const T* scale_PC, const 
         for (int p = 0; p < Q; p++)
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS<T>; v++) {
-                V<T> s = G == L2 ? root(sums[p][v]) : sums[p][v];
+                V<T> s = sums[p][v];
+                if (G == L2) s *= inverse_root(s);
                 store(scores_PnK + (p * a.num_sub_models + i) * padded + v * WIDTH<T>, is_distance(G) ? -s : s);
             }
     }
 }
 
-// Fill in, for sub-models [first, last), weights exp(w2 evidence - top) of kept candidates, 0 of others, with (top, their
-// sum), and with LOSSES also exp(-|z|). The evidence is the logit, or raw score, of sub-model j; none if that is below 0.
+// Fill in, for sub-model i, weights e^z of kept candidates, 0 of others, with their sum, and with LOSSES also e^-|z|: one
+// exponential is all of it where the evidence is the sub-model's own logit z and w2 is 1. Nothing is taken off z against
+// overflow; where that would be needed, the answer is false, and what was filled in worth nothing.
+template <bool LOSSES, class T>
+bool take_own_exponentials(const Corruptions<T>& a, i64 i, const T* scores, T* __restrict weights, T* __restrict decays, Workspace<T>& w) {
+    // e^60 is far from where float ends, and e^-60 too
+    constexpr T FAR = 60, MOST = T(1e26), LEAST = T(1e-26);
+    const T own_a = w.levels_n[i].a, own_b = w.levels_n[i].b;
+    const T* kept = w.kept_K.data();
+    Pair<T> totals = {};
+    for (i64 k = 0; k < w.padded; k += PAIR<T>) {
+        Pair<T> z = own_a * load_pair(scores + k) + own_b, e = exponential(smaller(FAR, z)), weight = load_pair(kept + k) * e;
+        store(weights + k, weight);
+        if (LOSSES) store(decays + k, where_negative(z, e, reciprocal(e)));
+        totals += weight;
+    }
+    w.tops_n[i] = 0;
+    w.totals_n[i] = sum(totals);
+    // also false where something is not a number
+    return w.totals_n[i] >= LEAST && w.totals_n[i] < MOST;
+}
+
+// The same for any evidence and w2, for sub-models [first, last): weights exp(w2 evidence - top) of kept candidates, with
+// (top, their sum). The evidence is the logit, or raw score, of sub-model j; none if that is below 0.
 //
 // Sweeps over some sub-models, each with a short chain of operations that wait for each other: many then overlap.
 template <bool LOSSES, class T>
-void take_exponentials(const Corruptions<T>& a, i64 first, i64 last, const T* scores_nK, Workspace<T>& w) {
+void take_any_exponentials(const Corruptions<T>& a, i64 block, i64 first, i64 last, const T* scores_nK, Workspace<T>& w) {
     const T lowest = -std::numeric_limits<T>::infinity();
     for (i64 i = first; i < last; i++) {
         const i64 j = a.evidence_n[i];
         const T slope = T(a.w2) * (a.raw || j < 0 ? T(1) : a.temperatures_n[j]), gamma = a.raw || j < 0 ? T(0) : a.margins_n[j];
         const T* scores = j < 0 ? w.zeros_K.data() : scores_nK + j * w.padded;
         const T* kept = a.hard_weights_n[i] == 0 ? w.zeros_K.data() : w.kept_K.data();
-        T* weights = w.weights_mK.data() + (i - first) * w.padded;
+        T* weights = w.weights_mK.data() + (i - block) * w.padded;
         Pair<T> tops = {all(lowest), all(lowest)};
         for (i64 k = 0; k < w.padded; k += PAIR<T>) {
             Pair<T> exponent = where_above(load_pair(kept + k), T(0), slope * (gamma + load_pair(scores + k)), lowest);
@@ -114,7 +161,7 @@ void take_exponentials(const Corruptions<T>& a, i64 first, i64 last, const T* sc
     for (i64 i = first; i < last; i++) {
         const T top = w.tops_n[i], own_a = a.temperatures_n[i], gamma = a.margins_n[i];
         const T* scores = scores_nK + i * w.padded;
-        T *weights = w.weights_mK.data() + (i - first) * w.padded, *decays = w.decays_mK.data() + (i - first) * w.padded;
+        T *weights = w.weights_mK.data() + (i - block) * w.padded, *decays = w.decays_mK.data() + (i - block) * w.padded;
         V<T> totals = {};
         for (i64 k = 0; k < w.padded; k += WIDTH<T>) {
             V<T> exponent = load(weights + k);
@@ -125,6 +172,19 @@ void take_exponentials(const Corruptions<T>& a, i64 first, i64 last, const T* sc
             totals += weight;
         }
         w.totals_n[i] = sum(totals);
+    }
+}
+
+// Fill in sub-models [first, last) of a query.
+template <bool LOSSES, class T>
+void take_exponentials(const Corruptions<T>& a, i64 first, i64 last, const T* scores_nK, Workspace<T>& w) {
+    bool own = a.w2 == 1 && !a.raw;
+    for (i64 i = first; i < last; i++) own = own && a.evidence_n[i] == i && a.hard_weights_n[i] != 0;
+    if (!own) return take_any_exponentials<LOSSES>(a, first, first, last, scores_nK, w);
+    for (i64 i = first; i < last; i++) {
+        T *weights = w.weights_mK.data() + (i - first) * w.padded, *decays = w.decays_mK.data() + (i - first) * w.padded;
+        if (!take_own_exponentials<LOSSES>(a, i, scores_nK + i * w.padded, weights, decays, w))
+            take_any_exponentials<LOSSES>(a, first, i, i + 1, scores_nK, w);
     }
 }
 
@@ -148,60 +208,58 @@ void slope_sums(const Corruptions<T>& a, i64 i, i64 query, T scale, const T* sco
 // Take one query's losses, and turn its scores into what each level's own sum is worth to them, last level first.
 // z = a (gamma + s). Weight x softplus(z) is equation 5, Huber between neighbours' z equation 2; instead of it the KL
 // divergence between their sigmoids, or labels weighed by what a teacher is right about (see negatives.py).
-template <int G, bool WEIGHTS_LEARN, class T>
+//
+// PLAIN, which is nearly always: the larger teaches the smaller by Huber's loss, each query has weights of its own, and
+// they do not learn. Losses are then added to those of the chunk.
+template <int G, bool PLAIN, class T>
 void differentiate_losses(const Corruptions<T>& a, i64 query, T* __restrict scores_nK, Workspace<T>& w) {
+    const TinyIsZero tiny_is_zero;
+    const bool over_batch = !PLAIN && a.over_batch, both = !PLAIN && a.both, weights_learn = !PLAIN && a.weights_learn;
+    const bool divergence = !PLAIN && a.divergence, evaluated = !PLAIN && a.evaluated;
     const i64 n = a.num_sub_models, padded = w.padded, per_sum = a.num_chunks * a.num_queries * n;
-    const T share = T(1) / T(a.num_chunks * a.num_queries), sign = G == PRODUCT || G == L2 ? 1 : -1;
-    const T* present = w.present_K.data();
+    const T share = T(1) / T(a.num_chunks * a.num_queries);
+    const T *present = w.present_K.data(), *zeros = w.zeros_K.data();
     T* __restrict slopes = w.slopes_K.data();
     std::fill(w.slopes_K.begin(), w.slopes_K.end(), T(0));
-    std::fill(w.trust_K.begin(), w.trust_K.end(), T(1));
+    if (evaluated) std::fill(w.trust_K.begin(), w.trust_K.end(), T(1));
     i64 first = n;
     for (i64 i = n - 1; i >= 0; i--) {
         if (i < first) {
             first = std::max<i64>(0, i + 1 - SUB_MODELS);
             take_exponentials<true>(a, first, i + 1, scores_nK, w);
         }
+        const Level<T>& level = w.levels_n[i];
         const T *weights = w.weights_mK.data() + (i - first) * padded, *decays = w.decays_mK.data() + (i - first) * padded;
         const T total = w.totals_n[i];
         T scale = 0;
-        if (total > 0)
-            scale = a.over_batch ? std::exp(w.tops_n[i] - a.largest_n[i]) / a.total_n[i] : share / total;
-        if (WEIGHTS_LEARN) slope_sums(a, i, query, scale, scores_nK, padded, weights, decays);
-        // Neighbours that are missing, or not taught, pull with no weight: one loop serves all sub-models.
-        const i64 below = std::max<i64>(i - 1, 0), above = std::min(i + 1, n - 1);
-        const T own_a = a.temperatures_n[i], gamma = a.margins_n[i];
-        const T a_below = a.temperatures_n[below], gamma_below = a.margins_n[below];
-        const T pull = sign * a.hard_weights_n[i] * own_a * scale;
-        const T pull_below = i > 0 && a.taught_n[i] && a.both ? sign * a.mutual_weights_n[i] * own_a : T(0);
-        const T pull_above = above > i && a.taught_n[above] ? sign * a.mutual_weights_n[above] * own_a : T(0);
-        const T kappa = above > i ? a.kappas_n[above] : T(0);
-        const T* scores_below = scores_nK + below * padded;
-        const T* decays_below = below < first ? nullptr : w.decays_mK.data() + (below - first) * padded;
-        const T* factors_above = above > i ? scores_nK + above * padded : w.zeros_K.data();
+        if (total > 0) scale = over_batch ? std::exp(w.tops_n[i] - a.largest_n[i]) / a.total_n[i] : share / total;
+        if (weights_learn) slope_sums(a, i, query, scale, scores_nK, padded, weights, decays);
+        const T pull = level.pull * scale;
         T* scores = scores_nK + i * padded;
+        const T *scores_below = i > 0 ? scores - padded : scores, *factors_above = i + 1 < n ? scores + padded : zeros;
+        const T* decays_below = i > first ? decays - padded : nullptr;
         Pair<T> hard = {}, mutual = {};
         for (i64 k = 0; k < padded; k += PAIR<T>) {
             Pair<T> s = load_pair(scores + k), weight = load_pair(weights + k);
-            Pair<T> z = own_a * (gamma + s);
+            Pair<T> z = level.a * s + level.b;
             Pair<T> u = load_pair(decays + k), sigmoid = reciprocal(T(1) + u);
             Pair<T> truth = where_negative(z, u * sigmoid, sigmoid);
             // larger(0, z) is z where that is not a number
             Pair<T> loss = larger(T(0), z) + log_1_plus(u);
-            Pair<T> gap = a_below * (gamma_below + load_pair(scores_below + k)) - z;
+            Pair<T> gap = level.a_below * load_pair(scores_below + k) + (level.b_below - z);
             Pair<T> slope, apart;
-            if (a.divergence) [[unlikely]] {
+            if (divergence) [[unlikely]] {
                 Pair<T> z_below = z + gap;
                 Pair<T> u_below = decays_below ? load_pair(decays_below + k) : exponential(-absolute(z_below));
                 Pair<T> sigmoid_below = reciprocal(T(1) + u_below);
                 slope = load_pair(present + k) * (where_negative(z_below, u_below * sigmoid_below, sigmoid_below) - truth);
                 apart = larger(T(0), z_below) + log_1_plus(u_below) - loss - truth * gap;
-                apart = a.both ? slope * gap : load_pair(present + k) * apart;
+                apart = both ? slope * gap : load_pair(present + k) * apart;
             } else {
                 slope = load_pair(present + k) * smaller(T(1), larger(T(-1), gap));
                 apart = slope * (gap - T(0.5) * slope);
             }
-            if (a.evaluated) [[unlikely]] {
+            if (evaluated) [[unlikely]] {
                 weight = weight * load_pair(w.trust_K.data() + k);
                 slope = slope * (T(1) - truth), apart = apart * (T(1) - truth);
                 store(w.trust_K.data() + k, a.taught_n[i] ? truth : Pair<T>{all(T(1)), all(T(1))});
@@ -210,15 +268,34 @@ void differentiate_losses(const Corruptions<T>& a, i64 query, T* __restrict scor
             mutual += apart;
             Pair<T> factor = (pull * weight) * truth;
             // the gap to the one above was taken when that one's turn was
-            factor += pull_above * load_pair(slopes + k) - pull_below * slope;
+            factor += level.pull_above * load_pair(slopes + k);
+            if (both) factor += -level.pull_below * slope;
             store(slopes + k, slope);
-            if constexpr (G == L2) factor = {s.a == 0 ? V<T>{} : factor.a / s.a, s.b == 0 ? V<T>{} : factor.b / s.b};
-            store(scores + k, factor + kappa * load_pair(factors_above + k));
+            // where the distance is 0 so are the differences that this is multiplied by
+            if constexpr (G == L2) factor = factor * reciprocal(smaller(-std::numeric_limits<T>::min(), s));
+            store(scores + k, factor + level.kappa_above * load_pair(factors_above + k));
         }
-        T* sums = a.sums_4XPn + query * n + i;
-        sums[0] = scale * sum(hard);
-        sums[3 * per_sum] = a.taught_n[i] ? sum(mutual) : T(0);
+        if constexpr (PLAIN) {
+            T *chunk_hard = w.hard_nV.data() + i * WIDTH<T>, *chunk_mutual = w.mutual_nV.data() + i * WIDTH<T>;
+            store(chunk_hard, load(chunk_hard) + scale * (hard.a + hard.b));
+            if (a.taught_n[i]) store(chunk_mutual, load(chunk_mutual) + (mutual.a + mutual.b));
+        } else {
+            T* sums = a.sums_4XPn + query * n + i;
+            sums[0] = scale * sum(hard);
+            sums[3 * per_sum] = a.taught_n[i] ? sum(mutual) : T(0);
+        }
     }
+}
+
+// Leave chunk x's losses, and begin the next one's.
+template <class T> void leave_losses(const Corruptions<T>& a, i64 x, Workspace<T>& w) {
+    const i64 n = a.num_sub_models;
+    for (i64 i = 0; i < n; i++) {
+        a.sums_4XPn[x * n + i] = sum(load(w.hard_nV.data() + i * WIDTH<T>));
+        a.sums_4XPn[(3 * a.num_chunks + x) * n + i] = sum(load(w.mutual_nV.data() + i * WIDTH<T>));
+    }
+    std::fill(w.hard_nV.begin(), w.hard_nV.end(), T(0));
+    std::fill(w.mutual_nV.begin(), w.mutual_nV.end(), T(0));
 }
 
 // Take the gradients of Q queries and of one tile.
@@ -274,7 +351,7 @@ void corrupt(const Corruptions<T>& a, i64 offset, bool only_weights, i64 first, 
                     for (i64 i = 0; i < n; i += SUB_MODELS) take_exponentials<false>(a, i, std::min(i + SUB_MODELS, n), scores_nK, w);
                     std::copy(w.tops_n.begin(), w.tops_n.end(), a.sums_4XPn + query * n);
                     std::copy(w.totals_n.begin(), w.totals_n.end(), a.sums_4XPn + per_sum + query * n);
-                } else if (a.weights_learn) {
+                } else if (a.plain) {
                     differentiate_losses<G, true>(a, query, scores_nK, w);
                 } else {
                     differentiate_losses<G, false>(a, query, scores_nK, w);
@@ -300,6 +377,7 @@ void corrupt(const Corruptions<T>& a, i64 offset, bool only_weights, i64 first, 
 #undef DIFFERENTIATE
                         }
         }
+        if (a.plain && !only_weights) leave_losses(a, x, w);
     }
 }
 

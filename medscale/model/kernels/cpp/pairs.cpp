@@ -1,4 +1,6 @@
 // Scores of one candidate for each query, and their gradients: the positives of a step.
+#include <vector>
+
 #include "parts.h"
 #include "tiles.h"
 
@@ -45,40 +47,44 @@ template <int G, class T> void score(const Pairs<T>& a, i64 first, i64 last) {
 template <class T> INLINE T signed_by(T factor, T d) { return d == 0 ? T(0) : std::copysign(T(1), d) * factor; }
 
 template <int G, class T> void differentiate(const Pairs<T>& a, i64 first, i64 last) {
+    const i64 n = a.num_sub_models, columns = a.ends_n[n - 1];
+    // what a level's own sum is worth, and the same for each of its columns: then one long loop serves them all
+    std::vector<T> factors_n(n), factors_C(columns);
+    const T* __restrict factor = factors_C.data();
     for (i64 r = first; r < last; r++) {
         const T *__restrict q = a.query_RC + r * a.stride, *__restrict t = a.target_RC + r * a.stride;
         T *__restrict dq = a.query_gradient_RC + r * a.stride, *__restrict dt = a.target_gradient_RC + r * a.stride;
-        T factor = 0;
-        for (i64 i = a.num_sub_models - 1; i >= 0; i--) {
-            const T score = a.scores_Rn[r * a.num_sub_models + i];
-            T own = a.gradient_Rn[r * a.num_sub_models + i];
+        for (i64 i = n - 1; i >= 0; i--) {
+            const T score = a.scores_Rn[r * n + i];
+            T own = a.gradient_Rn[r * n + i];
             if constexpr (G == L2) own = score == 0 ? T(0) : own / score;
             if constexpr (is_distance(G) && G != L2) own = -own;
-            factor = own + (i + 1 < a.num_sub_models ? a.kappas_n[i + 1] * factor : T(0));
-            const i64 begin = i ? a.ends_n[i - 1] : 0, end = a.ends_n[i];
-            if constexpr (G == MODULUS) {
-                for (i64 c = begin; c < end; c += 2) {
-                    T d = q[c] - t[c], e = q[c + 1] - t[c + 1], square = d * d + e * e;
-                    T direction = square > 0 ? factor / std::sqrt(square) : T(0);
-                    dq[c] = direction * d, dq[c + 1] = direction * e;
-                    dt[c] = -direction * d, dt[c + 1] = -direction * e;
-                }
-            } else if constexpr (G == SCALED_L1) {
-                const T* __restrict s = a.scale_RC + r * a.stride;
-                T* __restrict ds = a.scale_gradient_RC + r * a.stride;
-                for (i64 c = begin; c < end; c++) {
-                    T d = signed_by(factor, q[c] - s[c] * t[c]);
-                    dq[c] = d, dt[c] = -s[c] * d, ds[c] = -d * t[c];
-                }
-            } else {
-                for (i64 c = begin; c < end; c++) {
-                    if constexpr (G == PRODUCT) {
-                        dq[c] = factor * t[c], dt[c] = factor * q[c];
-                    } else {
-                        T d = q[c] - t[c];
-                        d = G == L1 ? signed_by(factor, d) : factor * d;
-                        dq[c] = d, dt[c] = -d;
-                    }
+            factors_n[i] = own + (i + 1 < n ? a.kappas_n[i + 1] * factors_n[i + 1] : T(0));
+        }
+        for (i64 i = 0, c = 0; i < n; i++)
+            for (; c < a.ends_n[i]; c++) factors_C[c] = factors_n[i];
+        if constexpr (G == MODULUS) {
+            for (i64 c = 0; c < columns; c += 2) {
+                T d = q[c] - t[c], e = q[c + 1] - t[c + 1], square = d * d + e * e;
+                T direction = square > 0 ? factor[c] / std::sqrt(square) : T(0);
+                dq[c] = direction * d, dq[c + 1] = direction * e;
+                dt[c] = -direction * d, dt[c + 1] = -direction * e;
+            }
+        } else if constexpr (G == SCALED_L1) {
+            const T* __restrict s = a.scale_RC + r * a.stride;
+            T* __restrict ds = a.scale_gradient_RC + r * a.stride;
+            for (i64 c = 0; c < columns; c++) {
+                T d = signed_by(factor[c], q[c] - s[c] * t[c]);
+                dq[c] = d, dt[c] = -s[c] * d, ds[c] = -d * t[c];
+            }
+        } else {
+            for (i64 c = 0; c < columns; c++) {
+                if constexpr (G == PRODUCT) {
+                    dq[c] = factor[c] * t[c], dt[c] = factor[c] * q[c];
+                } else {
+                    T d = q[c] - t[c];
+                    d = G == L1 ? signed_by(factor[c], d) : factor[c] * d;
+                    dq[c] = d, dt[c] = -d;
                 }
             }
         }
