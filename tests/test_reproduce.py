@@ -37,11 +37,11 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def reproduce(place: Path, table: str, *options: str) -> subprocess.CompletedProcess[str]:
+def reproduce(place: Path, table: str, *options: str, scorer: str = "TransE") -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [
             sys.executable, str(ROOT / "tools" / "reproduce.py"), table, "--datasets", "WN18RR", "--scorers",
-            "TransE", "--data-dir", str(place), "--runs-dir", str(place / "runs"), "--out", str(place / "out"),
+            scorer, "--data-dir", str(place), "--runs-dir", str(place / "runs"), "--out", str(place / "out"),
             "--paper-dir", str(place / "paper"), "--epochs", "20", "--trial-epochs", "5", *options,
         ],
         env=dict(os.environ), capture_output=True, text=True,
@@ -133,3 +133,16 @@ def test_students_times_and_retention(place: Path) -> None:
         "MED": "40", "RotatE-small": "50", "NodePiece": "100", "EARL": "200",
     }  # fmt: skip
     assert float(table["RotatE-small"]["parameters, million"]) == (90 + 4) * 50 / 1e6
+
+
+@pytest.mark.slow
+def test_the_recipe_beside_its_sub_models_alone(place: Path) -> None:
+    out = place / "out"
+    reproduce(place, "recipe", "--dims", "10", "200", "--epochs", "6", "--trial-epochs", "2", scorer="ComplEx")
+    cells = {path.stem: json.loads(path.read_text()) for path in (out / "cells").glob("*.json")}
+    assert sorted(cells) == ["wn18rr_complex_dt_10", "wn18rr_complex_dt_200", "wn18rr_complex_med"]
+    assert [strength for strength, _ in cells["wn18rr_complex_dt_10"]["trials"]] == ["[0.015]", "[0.03]", "[0.06]"]
+    assert [record["dim"] for record in cells["wn18rr_complex_med"]["records"]] == [10, 25, 50, 100, 200]
+    rows = rows_of(out / "recipe.csv")
+    assert [(r["method"], r["dim"]) for r in rows] == [("MED", "10"), ("MED", "200"), ("DT", "10"), ("DT", "200")]
+    assert "Not trained yet: fb15k-237_complex_med" in (out / "recipe.md").read_text()

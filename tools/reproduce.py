@@ -7,11 +7,13 @@
 - table8: MED with 64, 16 and 4 sub-models;
 - table13: MED without mutual learning (MLM), evolutionary improvement (EIM), or the dynamic loss weight (DLW);
 - figure5: the ability retention ratio; figure6: MED at all 64 dims beside DT;
-- figure7: where t-SNE puts entities of four categories, for MED, DualDE and Ext-V at 10, 100 and 600 units.
+- figure7: where t-SNE puts entities of four categories, for MED, DualDE and Ext-V at 10, 100 and 600 units;
+- recipe: not the paper's: `jobs/wn18rr.yaml` and `jobs/fb15k237.yaml` (ComplEx, softmax, N3), whose croppable run
+  stands beside models of each of its dims alone; strengths of the regularizer are what is tried there.
 
 What is missing is trained, the rest is read: each cell is one JSON file under tools/bench/results/reproduce/cells, so
 that a table grows run by run, and the same command goes on where it was stopped. At the end the table is written as
-Markdown, CSV and PNG: the paper's value, ours, their difference, the time it took.
+Markdown, CSV and PNG, of all cells that are there: the paper's value, ours, their difference, the time it took.
 
 Protocol: each model first gets the same number of trials (learning rates) of the same number of epochs, compared by
 validation MRR, and is then trained anew with the best for `--epochs`, or as many as the trials' pace lets into
@@ -31,7 +33,20 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
-from reproduction.cells import ABLATIONS, COMPACT, CROPS, DATASETS, DIMS, LESSONS, SCORERS, SIXTY_FOUR, SUB_MODELS, Cell
+from reproduction.cells import (
+    ABLATIONS,
+    COMPACT,
+    CROPS,
+    DATASETS,
+    DIMS,
+    LESSONS,
+    RECIPE,
+    RECIPE_DIMS,
+    SCORERS,
+    SIXTY_FOUR,
+    SUB_MODELS,
+    Cell,
+)
 from reproduction.filling import Reproduction
 from reproduction.tables import Report, clusters, efficiency, quality, retention, times
 
@@ -48,20 +63,26 @@ BESIDE = ("MED", "DT", *CROPS)
 METHODS = {
     "table3": (*BESIDE, *LESSONS), "table4": ("MED", *COMPACT["WN18RR"]), "table7": (*BESIDE, *LESSONS),
     "table8": tuple(SUB_MODELS), "table13": ("MED", *ABLATIONS), "figure5": BESIDE, "figure6": ("MED", "DT"),
-    "figure7": ("MED", "DualDE", "Ext-V"),
+    "figure7": ("MED", "DualDE", "Ext-V"), "recipe": ("MED", "DT"),
 }  # fmt: skip
+#: tables of some scorers, or data sets, alone; of all others they are of all
+SCORERS_OF: Mapping[str, Sequence[str]] = {"table4": ("RotatE",), "figure7": ("RotatE",), "recipe": (RECIPE,)}
+DATASETS_OF: Mapping[str, Sequence[str]] = {"figure7": ("FB15k-237",)}  # whose categories the paper shows
 
 
-def cells_of(arguments: argparse.Namespace) -> Iterator[Cell]:
+def cells_of(
+    datasets: Sequence[str], scorers: Sequence[str], methods: Sequence[str], direct_dims: Sequence[int],
+    student_dims: Sequence[int],
+) -> Iterator[Cell]:  # fmt: skip
     """Yield what a table is made of."""
-    for dataset in arguments.datasets:
-        for scorer in arguments.scorers:
-            for method in arguments.methods:
+    for dataset in datasets:
+        for scorer in scorers:
+            for method in methods:
                 dims: Sequence[int | None] = (None,)
                 if method == "DT":
-                    dims = arguments.dims
+                    dims = direct_dims
                 elif method in LESSONS:
-                    dims = arguments.student_dims
+                    dims = student_dims
                 elif method in COMPACT[dataset]:
                     dims = COMPACT[dataset][method][:1]
                 for dim in dims:
@@ -99,12 +120,15 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=tuple(METHODS))
-    parser.add_argument("--datasets", nargs="+", choices=DATASETS, help="default: both; figure7: FB15k-237")
-    parser.add_argument("--scorers", nargs="+", choices=tuple(SCORERS), help="default: all; table4 and figure7: RotatE")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all of the table")
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, help="to fill; default: both; figure7: FB15k-237")
     parser.add_argument(
-        "--dims", nargs="+", type=int, choices=SIXTY_FOUR, default=DIMS, metavar="DIM",
-        help=f"of direct training, and shown (default: {' '.join(map(str, DIMS))})",
+        "--scorers", nargs="+", choices=(*SCORERS, RECIPE),
+        help=f"to fill; default: all of the paper's; table4 and figure7: RotatE; recipe: {RECIPE}",
+    )  # fmt: skip
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="to fill; default: all of the table")
+    parser.add_argument(
+        "--dims", nargs="+", type=int, metavar="DIM",
+        help=f"of direct training, and shown (default: {_listed(DIMS)}; recipe: {_listed(RECIPE_DIMS)})",
     )  # fmt: skip
     parser.add_argument(
         "--student-dims", nargs="+", type=int, choices=SIXTY_FOUR[:-1], metavar="DIM",
@@ -125,20 +149,25 @@ def main() -> None:
     )
     parser.add_argument("--only-report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
-    arguments.methods = arguments.methods or METHODS[arguments.table]
-    is_figure7 = arguments.table == "figure7"
-    # the data set whose categories the paper shows
-    arguments.datasets = arguments.datasets or (DATASETS[1:] if is_figure7 else DATASETS)
-    is_rotate = is_figure7 or arguments.table == "table4"
-    arguments.scorers = arguments.scorers or (("RotatE",) if is_rotate else tuple(SCORERS))
-    arguments.student_dims = arguments.student_dims or (CLUSTER_DIMS if is_figure7 else (10,))
-    if is_figure7 and len(arguments.datasets) + len(arguments.scorers) > 2:
+    table = arguments.table
+    arguments.methods = arguments.methods or METHODS[table]
+    arguments.datasets = arguments.datasets or DATASETS_OF.get(table, DATASETS)
+    arguments.scorers = arguments.scorers or SCORERS_OF.get(table, tuple(SCORERS))
+    known_dims = RECIPE_DIMS if table == "recipe" else SIXTY_FOUR
+    arguments.dims = arguments.dims or (RECIPE_DIMS if table == "recipe" else DIMS)
+    arguments.student_dims = arguments.student_dims or (CLUSTER_DIMS if table == "figure7" else (10,))
+    if table == "figure7" and len(arguments.datasets) + len(arguments.scorers) > 2:
         parser.error("figure7 shows one data set and one scorer")
-    if unknown := set(arguments.methods) - set(METHODS[arguments.table]):
-        parser.error(
-            f"{arguments.table} has no {', '.join(sorted(unknown))}; it has {', '.join(METHODS[arguments.table])}"
-        )
+    if (table == "recipe") != (RECIPE in arguments.scorers) or (table == "recipe" and len(arguments.scorers) > 1):
+        parser.error(f"--scorers: {RECIPE} is recipe's, which has no other")
+    for name, given, known in (("methods", arguments.methods, METHODS[table]), ("dims", arguments.dims, known_dims)):
+        if unknown := [value for value in given if value not in known]:
+            parser.error(f"--{name}: {table} has no {_listed(unknown)}; it has {_listed(known)}")
     sys.exit(run_command(lambda: _main(arguments)))
+
+
+def _listed(values: Sequence[object]) -> str:
+    return " ".join(map(str, values))
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -146,12 +175,19 @@ def _main(arguments: argparse.Namespace) -> int:
         arguments.out, arguments.runs_dir, arguments.data_dir, budget=arguments.budget, epochs=arguments.epochs,
         trial_epochs=arguments.trial_epochs,
     )  # fmt: skip
-    cells = list(cells_of(arguments))
-    for cell in () if arguments.only_report else cells:
+    table, dims = arguments.table, arguments.dims
+    wanted = list(cells_of(arguments.datasets, arguments.scorers, arguments.methods, dims, arguments.student_dims))
+    for cell in () if arguments.only_report else wanted:
         reproduction.fill(cell)
+    # The report is of all that is there, whoever filled it.
+    every = cells_of(
+        DATASETS_OF.get(table, DATASETS), SCORERS_OF.get(table, tuple(SCORERS)), METHODS[table], dims,
+        arguments.student_dims,
+    )  # fmt: skip
+    cells = wanted if table == "figure7" else list(dict.fromkeys([*every, *wanted]))
     protocol = (__doc__ or "").partition("Protocol: ")[2].partition("\n\n")[0].replace("\n", " ")
-    report = Report(arguments.out, arguments.table, protocol)
-    match arguments.table:
+    report = Report(arguments.out, table, protocol)
+    match table:
         case "table4":
             efficiency(report, reproduction, cells, papers_efficiency(arguments.paper_dir))
         case "table7":
@@ -163,7 +199,7 @@ def _main(arguments: argparse.Namespace) -> int:
         case "figure6":
             quality(report, reproduction, cells, SIXTY_FOUR, papers_quality(arguments.paper_dir))
         case _:
-            quality(report, reproduction, cells, arguments.dims, papers_quality(arguments.paper_dir))
+            quality(report, reproduction, cells, dims, papers_quality(arguments.paper_dir))
     report.write()
     return 0
 

@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from medscale.baselines.crops import Method as Crop
 from medscale.baselines.distillation import Method as Lesson
 from medscale.config import DISTANCES, Job
-from medscale.jobfile import parse_job
+from medscale.jobfile import load_job, parse_job, with_values
 from medscale.search import Trial
 from medscale.trainer import initial_scale
 
 __all__ = [
-    "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "RATES", "SCORERS", "SIXTY_FOUR",
-    "STAGE", "SUB_MODELS", "Cell", "mean_mrr", "rate_of", "rates_of",
+    "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "RATES", "RECIPE", "RECIPES",
+    "RECIPE_DIMS", "SCORERS", "SIXTY_FOUR", "STAGE", "SUB_MODELS", "Cell", "mean_mrr", "rate_of", "tries_of",
 ]  # fmt: skip
 
 DATASETS = ("WN18RR", "FB15k-237")
@@ -44,6 +45,13 @@ ABLATIONS = {
     "MED w/o MLM": ", mutual: off", "MED w/o EIM": ", evolution: off", "MED w/o DLW": ", dynamic_weight: false",
 }  # fmt: skip
 
+#: the shipped jobs that are strong at every dim (softmax over products, N3, damped nesting): a scorer of their own
+RECIPE = "ComplEx"
+RECIPES = {"WN18RR": "wn18rr.yaml", "FB15k-237": "fb15k237.yaml"}
+RECIPE_DIMS = (10, 25, 50, 100, 200)
+#: the strengths of their regularizer that every model is tried with, as multiples of what the job says for its level
+_STRENGTHS = (0.5, 1.0, 2.0)
+
 #: the learning rates that every model is tried with, as multiples of the size of its initial columns: those of a small
 #: model are far larger than those of a large one, and so are the steps that move them
 RATES = {"distances": (0.6, 2.0, 6.0, 20.0), "products": (0.06, 0.2, 0.6, 2.0)}
@@ -52,6 +60,7 @@ _RELATION_RATE = 0.05
 #: the part of its training after which DualDE's teacher learns too, and IterDE's soft labels have their whole weight
 STAGE = 1 / 2
 
+_JOBS = Path(__file__).resolve().parents[2] / "jobs"
 # Neighbours compare probabilities: Huber's loss of logits (the paper's) never stops pulling at easy negatives, whose
 # logits grow with the model, until it outweighs the loss on the labels.
 _JOB = """
@@ -103,6 +112,8 @@ class Cell:
     def job(self, epochs: int, dim: int | None = None) -> Job:
         """Return the job that trains the cell's model, or one of another dim alone."""
         dim = dim or self.dim
+        if self.scorer == RECIPE:
+            return _recipe(self.dataset, self.name, epochs, dim)
         encoder = COMPACT[self.dataset].get(self.method, (0, ""))[1]
         dims = SUB_MODELS.get(self.method, SIXTY_FOUR) if dim is None else (dim,)
         text = _JOB.format(
@@ -113,8 +124,24 @@ class Cell:
         return parse_job(text, self.name)
 
 
-def rates_of(job: Job) -> list[dict[str, str]]:
-    """Return the learning rates to try with a job, as keys and values."""
+def _recipe(dataset: str, name: str, epochs: int, dim: int | None) -> Job:
+    """Return a shipped job of another name and length, or that of one of its sub-models alone."""
+    job = load_job(_JOBS / RECIPES[dataset])
+    values = {"name": name, "train.epochs": str(epochs), "graph.name": dataset}
+    if dim is not None:
+        strength = job.loss.regularizer_weights[job.model.dims.index(dim)]
+        values |= {
+            "model.dims": f"[{dim}]", "model.tiers": f"{{d{dim}: {dim}}}", "model.damping": "[1.0]",
+            "loss.regularizer_weights": f"[{strength}]", "med.mutual": "off",
+        }  # fmt: skip
+    return with_values(job, values, name)
+
+
+def tries_of(job: Job) -> list[dict[str, str]]:
+    """Return what to try with a job, as keys and values: learning rates, or strengths of a recipe's regularizer."""
+    if job.loss.kind == "softmax":
+        weights = job.loss.regularizer_weights
+        return [{"loss.regularizer_weights": str([f * weight for weight in weights])} for f in _STRENGTHS]
     if job.encoder.kind != "none":
         return [{"encoder.lr": str(rate)} for rate in _ENCODER_RATES]
     multiples = RATES["distances" if job.model.scorer in DISTANCES else "products"]
@@ -135,5 +162,6 @@ def mean_mrr(trial: Trial) -> float:
     Of a student it is that of the student alone.
     """
     of_dims = {int(dim): mrr for dim, mrr in trial.mrr_by_dim.items()}
-    shown = [mrr for dim, mrr in of_dims.items() if dim in DIMS] or list(of_dims.values())
+    tables = RECIPE_DIMS if set(of_dims) <= set(RECIPE_DIMS) else DIMS
+    shown = [mrr for dim, mrr in of_dims.items() if dim in tables] or list(of_dims.values())
     return sum(shown) / len(shown)

@@ -42,7 +42,7 @@ from reproduction.cells import (
     Cell,
     mean_mrr,
     rate_of,
-    rates_of,
+    tries_of,
 )
 
 __all__ = ["CLOCK", "Reproduction", "correct_answers"]
@@ -123,7 +123,7 @@ class Reproduction:
         `job_of` gives the job by epochs. Returns the job, the seconds, whether they ran out, and the trials.
         """
         job = job_of(self.trial_epochs)
-        trials, stopped = search(job, self._graph(job), self.runs_dir / f"{name}-search", rates_of(job), clock=CLOCK)
+        trials, stopped = search(job, self._graph(job), self.runs_dir / f"{name}-search", tries_of(job), clock=CLOCK)
         if stopped is not None:
             sys.exit(128 + stopped)
         judged = [trial for trial in trials if trial.mrr is not None]

@@ -112,12 +112,14 @@ def quality(
     with report.panels([(row["data set"], row["scorer"]) for row in rows]) as panels:
         for (dataset, scorer), axis in panels.items():
             here = [row for row in rows if (row["data set"], row["scorer"]) == (dataset, scorer)]
-            _draw_by_dim(axis, here)
+            _draw_by_dim(axis, here, dims if len(dims) < len(SIXTY_FOUR) else DIMS)
     with report.panels([(row["data set"], row["scorer"]) for row in rows], "_curves") as panels:
         for cell in cells:
             found = reproduction.found(cell)
             if found is not None and "validations" in found:
-                _draw_by_time(panels[cell.dataset, cell.scorer], cell, found)
+                _draw_by_time(
+                    panels[cell.dataset, cell.scorer], cell, found, dims if len(dims) < len(SIXTY_FOUR) else DIMS
+                )
     report.say(
         f"`{report.name}.png`: test MRR by dim, the paper's dashed. `{report.name}_curves.png`: validation MRR by "
         "processor time, of models trained for one dim (dashed) and of croppable ones."
@@ -148,18 +150,19 @@ def minutes_of(found: Mapping[str, Any]) -> float:
     return float(found["seconds"] + found.get("earlier_seconds", 0)) / 60
 
 
-def _draw_by_dim(axis: Axes, rows: Sequence[Row]) -> None:
+def _draw_by_dim(axis: Axes, rows: Sequence[Row], dims: Sequence[int]) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         here = [row for row in rows if row["method"] == method]
         (line,) = axis.plot([r["dim"] for r in here], [r["MRR"] for r in here], marker="o", label=method)
         known = [(r["dim"], r["paper"]) for r in here if r["paper"] is not None]
         axis.plot(*np.array(known).reshape(-1, 2).T, linestyle="--", linewidth=0.8, color=line.get_color())
     axis.set(xscale="log", xlabel="dim", ylabel="test MRR (dashed: the paper's)")
-    axis.set_xticks(DIMS, [str(dim) for dim in DIMS])
+    axis.set_xticks(dims, [str(dim) for dim in dims])
+    axis.minorticks_off()
 
 
-def _draw_by_time(axis: Axes, cell: Cell, found: Mapping[str, Any]) -> None:
-    for color, dim in enumerate(DIMS):
+def _draw_by_time(axis: Axes, cell: Cell, found: Mapping[str, Any], dims: Sequence[int]) -> None:
+    for color, dim in enumerate(dims):
         minutes, mrr = _curve(found, dim)
         if len(mrr) and cell.method in ("MED", "DT"):
             axis.plot(
