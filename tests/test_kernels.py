@@ -156,7 +156,7 @@ def test_positives_equal_their_twin(num_sub_models: int, num_positives: int, dty
         plain = positive_terms(constants, torch.tensor(w1, dtype=dtype), scores, *given)
         close(fast.hard_n, plain.hard_n, dtype)
         close(fast.mutual_n, plain.mutual_n, dtype)
-        close(fast.gradient_nR, plain.gradient_nR, dtype)
+        close(fast.gradient_nR, plain.gradient_nR, dtype, size=1.0)  # differences of logits are as exact as these
 
 
 def test_a_broken_positive_shows_in_the_loss() -> None:
