@@ -132,6 +132,7 @@ def test_a_killed_task_is_run_again(raw: Path, alone: Graph, tmp_path: Path, mon
     assert graph.sha256 == alone.sha256
 
 
+@pytest.mark.slow
 def test_a_task_that_dies_each_time_leaves_nothing(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest_module, "shuffle", dies_always)
     monkeypatch.setattr(cluster_module, "MAX_RETRIES", 1)

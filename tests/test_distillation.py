@@ -123,6 +123,7 @@ def taught(workers: Workers, jobs: list[Job], graph: Path, runs: Path) -> list[s
     return [train_worker(job, open_graph(graph), runs / job.name, CPU, workers, "auto")[0].name for job in jobs]
 
 
+@pytest.mark.slow
 def test_two_workers_seat_the_same_teacher(runs: Path, toy_graph: Graph) -> None:
     jobs = [
         dataclasses.replace(

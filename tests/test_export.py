@@ -143,6 +143,7 @@ def test_options_are_for_the_jobs_keys(run: Run, capsys: pytest.CaptureFixture[s
     assert np.abs(found - rows).max() <= np.abs(rows).max() / 254 * 1.01
 
 
+@pytest.mark.slow
 def test_tasks_of_ray_write_the_same_bytes(run: Run) -> None:
     run.commit(7)
     form = ("--layout", "delta", "--precision", "int8", "--shard-rows", "20")

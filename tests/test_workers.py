@@ -225,7 +225,7 @@ def hanging(workers: Workers, job: Job, graph_directory: Path, run_directory: Pa
     return run(workers, job, graph_directory, run_directory, None)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("signal_number", [pytest.param(signal.SIGSTOP, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_worker_that_hangs_or_dies_is_named(toy_graph: Graph, tmp_path: Path, signal_number: int) -> None:
     job = _with_workers(toy_job("transe"), 2, "table_wise")
     start = time.monotonic()

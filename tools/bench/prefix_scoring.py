@@ -78,6 +78,8 @@ def step_of(scorer_name: str, sub_models: int, sharing: str, device: torch.devic
     scan = prefix_scan(scorer, dims, device=device)
     per_chunk, num_rows = SHARING[sharing]
     chunks = POSITIVES // per_chunk
+    # as in training: logits of a few units, not of hundreds
+    size = 10 / UNITS if scorer.is_distance else UNITS ** (-1 / 4)
     return Step(
         scan=scan,
         constants=BinaryConstants(
@@ -85,8 +87,8 @@ def step_of(scorer_name: str, sub_models: int, sharing: str, device: torch.devic
             evidence=tuple(range(sub_models)), taught=tuple(i > 0 for i in range(sub_models)), raw=False,
             over_batch=False, both=False,
         ),
-        query_XPC=torch.randn(chunks, per_chunk, scan.num_columns, requires_grad=True),
-        rows_UC=torch.randn(num_rows, scan.num_columns),
+        query_XPC=(size * torch.randn(chunks, per_chunk, scan.num_columns)).requires_grad_(),
+        rows_UC=size * torch.randn(num_rows, scan.num_columns),
         candidates_XK=torch.randint(num_rows, (chunks, NEGATIVES)),
         keep_XPK=torch.ones(chunks, per_chunk, NEGATIVES, dtype=torch.bool),
         scale_XPC=torch.randn(chunks, per_chunk, scan.num_columns, requires_grad=True) if scorer.scale else None,
