@@ -108,7 +108,7 @@ def test_example_in_readme_is_a_job(readme: str, tmp_path: Path) -> None:
         load_job(path)
 
 
-@pytest.mark.parametrize("script", ["quality_table", "speed_table"])
+@pytest.mark.parametrize("script", ["quality_table", "speed_table", "baselines_table"])
 def test_results_in_the_readme_are_those_committed(script: str) -> None:
     command = [sys.executable, f"tools/bench/{script}.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -186,7 +186,7 @@ def _main(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     cells = wanted if table == "figure7" else list(dict.fromkeys([*every, *wanted]))
     protocol = (__doc__ or "").partition("Protocol: ")[2].partition("\n\n")[0].replace("\n", " ")
-    report = Report(arguments.out, table, protocol)
+    report = Report(arguments.out, table, f"Protocol: {protocol}")
     match table:
         case "table4":
             efficiency(report, reproduction, cells, papers_efficiency(arguments.paper_dir))

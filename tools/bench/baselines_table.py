@@ -1,0 +1,53 @@
+"""Write the tables of committed baselines into README.md, between its two marks.
+
+usage: python tools/bench/baselines_table.py [--check]
+
+Reads tools/bench/results/reproduce/table3.csv, which `python tools/reproduce.py table3` writes.
+"""
+
+import csv
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from readme import write_section
+
+RESULTS = Path(__file__).parent / "results" / "reproduce" / "table3.csv"
+
+
+def mrr_of(row: dict[str, str] | None) -> str:
+    """Return ours, and the paper's where it has one."""
+    if row is None:
+        return ""
+    return f"{float(row['MRR']):.3f}" + (f" ({float(row['paper']):.3f})" if row["paper"] else "")
+
+
+def lines(rows: list[dict[str, str]]) -> Iterator[str]:
+    """Yield the table of one data set and scorer: a row per method, a column per dim."""
+    dims = sorted({int(row["dim"]) for row in rows})
+    yield f"| {rows[0]['data set']}, {rows[0]['scorer']} | {' | '.join(f'@{dim}' for dim in dims)} | minutes |"
+    yield "|---|" + "---:|" * (len(dims) + 1)
+    for method, group in itertools.groupby(rows, lambda row: row["method"]):
+        by_dim = {int(row["dim"]): row for row in group}
+        # direct training is a run for each dim, all others one run
+        minutes = [float(row["minutes"]) for row in by_dim.values()]
+        cells = [mrr_of(by_dim.get(dim)) for dim in dims]
+        yield f"| {method} | {' | '.join(cells)} | {sum(minutes) if method == 'DT' else minutes[0]:.1f} |"
+
+
+def section() -> str:
+    """Return the section of the README."""
+    rows = list(csv.DictReader(RESULTS.read_text(encoding="utf-8").splitlines()))
+    parts = [
+        "Test MRR (filtered, both sides, realistic ranks for ties, all entities as candidates), in brackets the "
+        "paper's; minutes of one core for training, of DT for all dims shown together, of crops for the arrangement "
+        "alone. The learning rate of each model is the best of four by validation; tables with epochs, Hits@10, "
+        "curves and the protocol are in `tools/bench/results/reproduce/`."
+    ]
+    for _, group in itertools.groupby(rows, lambda row: (row["data set"], row["scorer"])):
+        parts += ["", *lines(list(group))]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    write_section("baselines_table.py", section())
