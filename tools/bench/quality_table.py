@@ -60,12 +60,10 @@ def table() -> str:
     note = (
         f"One run each, {', '.join(dates)}, {', '.join(cpus)}, no GPU. Test split, both sides, {protocol}. "
         "Minutes are wall time of the whole job: preparing, training, ranking, exporting. "
-        "All but `umls` and `quickstart` shared the machine with other work; the RotatE run had the lowest "
-        "priority, so its minutes say nothing of its speed. In `fb15k237`, `wn18rr`, `umls` and `quickstart` the "
-        "sub-models learn by softmax, damped nesting and mutual learning; evolutionary improvement and dynamic "
-        "loss weight are off there. "
-        "The `_paper` jobs were measured before the kernels, on a sample of the test split that they no longer take; "
-        "they follow the letter of the paper (`preset: paper`) and were cut off after the minutes shown, "
+        "All but `umls` and `quickstart` shared the machine with other work. "
+        "In `fb15k237`, `wn18rr`, `umls` and `quickstart` the sub-models learn by softmax, damped nesting and mutual "
+        "learning; evolutionary improvement and dynamic loss weight are off there. "
+        "The `_paper` jobs follow the letter of the paper (`preset: paper`) and were cut off after the minutes shown, "
         "a small part of the 3000 epochs that the paper allows; its figures stand beside them. "
         "Every figure is in `tools/bench/results/quality/`, and `python tools/bench/quality.py JOB` measures it anew."
     )
