@@ -234,6 +234,7 @@ def test_types_of_entities_are_shipped(tmp_path: Path) -> None:
     assert codes == [expected.get(name, -1) for name in run.graph.entity_names().to_pylist()]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_larger_than_memory_would_be_cut_in_portions(run: Run) -> None:
     """Of tables of 64 MB, only portions are in memory, whatever the number of threads."""
     layout = layout_of(run.job.model, 700_000, 2)

@@ -70,7 +70,9 @@ def readers_of(job: Job, graph: Graph) -> Iterator[list[Any]]:
         ray.kill(reader)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(
+    "number", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_readers_bring_what_a_worker_alone_reads(graph: Graph, number: int) -> None:
     job, alone = job_with(readers=number), Feed.of(PartitionReader(graph, 0))
     with readers_of(job, graph) as readers:

@@ -143,6 +143,7 @@ def run(workers: Workers, job: Job, graph_directory: Path, run_directory: Path, 
         return f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_workers(toy_graph: Graph, tmp_path: Path) -> None:
     """Two workers, one, two again, each an epoch: the same tables as one worker all the way, row-wise or not."""
     job = toy_job("complex", optimizer={"kind": "adagrad"}, train={"validate_every": 1})
