@@ -29,7 +29,7 @@ class Kernels:
         self.corruptions: Any = importlib.import_module(
             "medscale.loss." + ("triton_corruptions" if on_gpu else "cpu_corruptions")
         )
-        #: on a GPU the plain one is as good
+        #: on a GPU there is the plain one alone
         self.positives: Any = None if on_gpu else importlib.import_module("medscale.loss.cpu_positives")
         #: on a GPU torch's own log-softmax is as good
         self.softmax: Any = None if on_gpu else importlib.import_module("medscale.loss.cpu_softmax")

@@ -210,10 +210,20 @@ def cascading() -> Iterator[str]:
             )
 
 
+def measured() -> str:
+    """Return which benches were measured when, and on what."""
+    environments = {path.stem: json.loads(path.read_text())["environment"] for path in sorted(RESULTS.glob("*.json"))}
+    by_date: dict[str, list[str]] = {}
+    for name, environment in environments.items():
+        by_date.setdefault(environment["date"], []).append(f"`{name}`")
+    dates = "; ".join(f"{date}: {', '.join(names)}" for date, names in sorted(by_date.items()))
+    return f"Measured {dates}; {', '.join(sorted({e['cpu'] for e in environments.values()}))}"
+
+
 def section() -> str:
     """Return the section of the README."""
     rates = dict.fromkeys(f"{r['system']} {r['scorer']} {r['learning_rate']}" for r in records_of("peers"))
-    peer, step = records_of("peers")[0], json.loads((RESULTS / "training_step.json").read_text())["environment"]
+    peer = records_of("peers")[0]
     large = records_of("prepare_scale")[0]
     largest = max((r for r in records_of("precision") if r["system"] == "format"), key=lambda r: r["entities"])
     tier, chain = records_of("runtime")[0], records_of("runtime")[-1]
@@ -221,7 +231,7 @@ def section() -> str:
     scale, full, pair = (records_of(name)[-1] for name in ("skg_scale", "skg_run", "scaling"))
     sizes = "one, 1 core | 64 | times one | in 3 tables | one, 2 cores | 64 | times one | in 3 tables | 2 cores / 1"
     return "\n".join([
-        f"{step['date']}, {step['cpu']}, 2 cores, no GPU; 640 units, batches of 1,024 positives with 64 negatives "
+        f"{measured()}, 2 cores, no GPU; 640 units, batches of 1,024 positives with 64 negatives "
         "each, on FB15k-237. `python tools/bench/NAME.py` measures anew what `tools/bench/results/NAME.json` holds.",
         "",
         "**Training** (`training_step`): triples/s of the whole step, look-up and update included, of one model of "

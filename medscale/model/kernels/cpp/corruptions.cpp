@@ -52,8 +52,7 @@ template <class T> struct Level {
 };
 
 // Neighbours that are missing, or not taught, pull with no weight: one loop serves all sub-models.
-template <class T> Level<T> level_of(const Corruptions<T>& arguments, i64 i) {
-    const Corruptions<T>& a = arguments;
+template <class T> Level<T> level_of(const Corruptions<T>& a, i64 i) {
     const i64 below = std::max<i64>(i - 1, 0), above = std::min(i + 1, a.num_sub_models - 1);
     const T own = a.temperatures_n[i], sign = a.geometry == PRODUCT || a.geometry == L2 ? 1 : -1;
     return {

@@ -12,8 +12,8 @@
 #endif
 
 #ifdef __SSE__
-// While it lives, this thread takes what is below 1e-38 (in double 1e-308) for 0: each such number would take a hundred
-// times as long as any other, and weights of easy negatives are full of them.
+// While it lives, this thread takes what is below 1e-38 (in double 1e-308) for 0: processors are slow with such
+// numbers, and weights of easy negatives are full of them: without, a step of 64 sub-models takes 8% longer.
 class TinyIsZero {
     unsigned before = _mm_getcsr();
 
