@@ -301,7 +301,9 @@ class TrainSection:
         minimum=0,
     )
     watch_dim: int | None = key(None, "dim whose validation MRR decides; default: the mean over all", minimum=1)
-    log_every: int = key(50, "steps between lines of metrics.jsonl", minimum=1)
+    log_every: int = key(
+        50, "steps between lines of metrics.jsonl, and between losses of negatives, which others do not need", minimum=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

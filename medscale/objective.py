@@ -35,7 +35,7 @@ __all__ = ["Objective", "Terms"]
 
 @dataclass(frozen=True)
 class Terms:
-    """A step's loss, taken apart."""
+    """A step's loss, taken apart; of a step whose `losses` were not wanted, kernels give those of positives alone."""
 
     #: [m]: loss of each sub-model trained in this step on the true labels
     hard: Tensor
@@ -94,15 +94,22 @@ class Objective(torch.nn.Module):
         """Return a step's rows, ready to gather their gradient."""
         return Rows(looked_up_UC, self.kernels.pairs.add_rows if self.kernels else add_rows)
 
-    def forward(self, batch: CorruptionBatch | QueryBatch, rows: Rows, relations_RC: Tensor, step: int) -> Terms:
-        """Return the terms of a step's batch; `rows` are those of its `entities_U`."""
+    def forward(
+        self, batch: CorruptionBatch | QueryBatch, rows: Rows, relations_RC: Tensor, step: int, *, losses: bool = True
+    ) -> Terms:  # fmt: skip
+        """Return the terms of a step's batch; `rows` are those of its `entities_U`.
+
+        Derivatives need no `losses` of negatives, whose logarithms take about a tenth of the kernel's time.
+        """
         if isinstance(batch, QueryBatch):
             return self._softmax_terms(batch, rows, relations_RC, step)
-        return self._binary_terms(batch, rows, relations_RC, step)
+        return self._binary_terms(batch, rows, relations_RC, step, losses=losses)
 
     # -- binary losses ------------------------------------------------------------------------------------
 
-    def _binary_terms(self, batch: CorruptionBatch, rows: Rows, relations_RC: Tensor, step: int) -> Terms:
+    def _binary_terms(
+        self, batch: CorruptionBatch, rows: Rows, relations_RC: Tensor, step: int, *, losses: bool
+    ) -> Terms:  # fmt: skip
         """Binary cross-entropy; neighbours are those of the full list, since the one pass gives them for free."""
         chosen = self._chosen(step)
         constants = self._binary_constants(chosen, step)
@@ -116,7 +123,7 @@ class Objective(torch.nn.Module):
         for corruption in batch.corruptions:
             share = corruption.total_positives / num_positives
             loss, *parts = self._corruption_terms(
-                corruption, constants, rows, relations_RC, share, weights_n, self._mutual_weight(step)
+                corruption, constants, rows, relations_RC, share, weights_n, self._mutual_weight(step), losses=losses
             )
             total = total + loss
             hard_n, mutual_n, penalty = (a + share * b for a, b in zip((hard_n, mutual_n, penalty), parts, strict=True))
@@ -129,7 +136,7 @@ class Objective(torch.nn.Module):
 
     def _corruption_terms(
         self, c: Corruption, constants: BinaryConstants, rows: Rows, relations_RC: Tensor, share: float,
-        weights_n: Tensor, mutual_weight: float,
+        weights_n: Tensor, mutual_weight: float, *, losses: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Return one corruption's share of the loss, and its (hard [n], mutual [n], penalty)."""
         scorer, med = self.layout.scorer, self.job.med
@@ -165,7 +172,7 @@ class Objective(torch.nn.Module):
             )  # fmt: skip
             of_negatives, negative_n, negative_mutual_n = self.kernels.corruption_loss(
                 scan.levels, constants, query_XPC, rows, c.candidates_XK, c.keep_XPK, scale_XPC, w2,
-                part * hard_weights_n, mutual_weights_n, self.workers,
+                part * hard_weights_n, mutual_weights_n, self.workers, losses=losses,
             )  # fmt: skip
             total = of_positives + of_negatives
             hard_n, mutual_n = hard_n + part * negative_n, mutual_n + negative_mutual_n

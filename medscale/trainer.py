@@ -233,15 +233,17 @@ class Trainer:
             if self._stale():
                 return Outcome.STOPPED_EARLY
             clock, trained = time.monotonic(), 0.0
+            losses: Mapping[str, float] = {}
             for batch in self._prefetched():
                 step = self.progress.step + 1
-                logged = step % self.job.train.log_every == 0 or step == self.total_steps
+                logged = self._logged(step)
                 with collective_milliseconds(wanted=logged and self.workers.size > 1) as collectives:
                     terms = self.train_step(batch)
                 trained += batch.num_triples
                 rate = trained / (time.monotonic() - clock)
+                losses = terms.means() if logged else losses
                 if logged or display.due():
-                    display.update(step, rate, terms.means())
+                    display.update(step, rate, losses)
                 if logged:
                     spent = self._spent(len(batch.entities_U), collectives)
                     run_log.write("train", step, {**self._described(terms), "triples_per_s": round(rate, 1), **spent})
@@ -265,7 +267,7 @@ class Trainer:
         return outcome
 
     def train_step(self, batch: CorruptionBatch | QueryBatch) -> Terms:
-        """Do one update; return the terms of all workers.
+        """Do one update; return the terms of all workers, whole in steps that are logged.
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite, on whichever worker; nothing was updated.
@@ -276,7 +278,7 @@ class Trainer:
         looked_up_UC = (self.encoder or self.table.rows)(batch.entities_U)
         # The update of the tables is fused into their backward pass, so the guard stands between the two halves.
         rows = self.objective.rows(looked_up_UC)
-        share: Terms = self.objective(batch, rows, self.relations, step)
+        share: Terms = self.objective(batch, rows, self.relations, step, losses=self._logged(step + 1))
         terms = share.over(self.workers)
         require_finite_terms(step + 1, share, terms, self.layout, self.workers)
         share.total.backward()
@@ -476,6 +478,10 @@ class Trainer:
             return False
         last = self.progress.step == self.total_steps
         return last or self._due(self.validate_every * self.batches.steps_per_epoch)
+
+    def _logged(self, step: int) -> bool:
+        """Whether a line of metrics.jsonl tells of a step; counted from 1."""
+        return step % self.job.train.log_every == 0 or step == self.total_steps
 
     def _stale(self) -> bool:
         patience = self.job.train.patience

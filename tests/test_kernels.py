@@ -223,6 +223,44 @@ def test_infinities_and_nan_show_in_the_loss(scorer: str, value: float) -> None:
     assert not finite
 
 
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_broken_candidates_show_in_gradients_without_losses(scorer: str, value: float) -> None:
+    """A broken query shows in the loss of its positive, whose row no negative has to share."""
+    scan = scan_for(scorer, (3, 8, 9), 1.0, torch.float32)
+    query, rows, candidates = numbers_for(scan, (2, 2, 5, 6), torch.float32)
+    rows[candidates[1, 3], 1] = value
+    gradients = torch.zeros_like(rows)
+    terms = corruption_terms(
+        scan.levels, constants_for(3, torch.float32, **PLAIN), 1.0, query, rows, candidates,
+        torch.ones(2, 2, 5, dtype=torch.bool), torch.ones_like(query) if scan.scorer.scale else None, torch.ones(3),
+        torch.ones(3), gradients, losses=False,
+    )  # fmt: skip
+    assert not (gradients.isfinite().all() and terms.query_gradient_XPC.isfinite().all())
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("size", [0.1, 1.0, 1e6])
+@pytest.mark.parametrize("sharpness", [1.0, 0.7])
+def test_gradients_are_the_same_bits_without_losses(scorer: str, size: float, sharpness: float) -> None:
+    """Else a run would depend on which of its steps are logged."""
+    for dtype in (torch.float32, torch.float64):
+        scan = scan_for(scorer, (10, 20, 30), 1.0, dtype)
+        query, rows, candidates = numbers_for(scan, (4, 3, 33, 25), dtype)
+        keep = torch.rand(4, 3, 33) < 0.8
+        results = []
+        for losses in (True, False):
+            gradients = torch.zeros_like(rows)
+            terms = corruption_terms(
+                scan.levels, constants_for(3, dtype, **PLAIN), sharpness, size * query, size * rows, candidates, keep,
+                query if scan.scorer.scale else None, torch.ones(3), torch.ones(3), gradients, losses=losses,
+            )  # fmt: skip
+            assert terms.mutual_n.any() == losses
+            results.append([gradients, terms.query_gradient_XPC, terms.scale_gradient_XPC])
+        for with_losses, without in zip(*results, strict=True):
+            assert (with_losses is without is None) or torch.equal(with_losses, without)
+
+
 def test_batch_weights_survive_a_positive_without_negatives() -> None:
     """Its missing weights must not stand in for the largest: all others may be far smaller."""
     scan = scan_for("transe", (3, 8), 1.0, torch.float32)

@@ -24,7 +24,7 @@ _LINE = 16
 def corruption_terms(
     levels: Levels, constants: BinaryConstants, w2: float, query_XPC: Tensor, rows_UC: Tensor,
     candidates_XK: Tensor, keep_XPK: Tensor, scale_XPC: Tensor | None, hard_weights_n: Tensor,
-    mutual_weights_n: Tensor, row_gradients_UC: Tensor, workers: Workers = ALONE,
+    mutual_weights_n: Tensor, row_gradients_UC: Tensor, workers: Workers = ALONE, *, losses: bool = True,
 ) -> CorruptionTerms:  # fmt: skip
     """Return the losses of all candidates as negatives, and the gradients of their weighted sum.
 
@@ -55,7 +55,7 @@ def corruption_terms(
     # struct Corruptions; the list keeps the tensors alive
     fields: list[Tensor | float | None] = [
         geometry_number(levels, scaled=scale_XPC is not None), num_sub_models, num_chunks, num_queries, num_candidates,
-        query_XPC.shape[2], rows_UC.shape[1], int(plain), int(constants.raw), int(constants.over_batch),
+        query_XPC.shape[2], rows_UC.shape[1], int(plain), int(losses), int(constants.raw), int(constants.over_batch),
         int(constants.both), int(constants.weights_learn), int(constants.divergence), int(constants.evaluated),
         num_sub_models - constants.num_kept,
         float(w2), torch.tensor(levels.ends), torch.tensor(levels.kappas, dtype=dtype),

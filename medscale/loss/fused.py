@@ -62,13 +62,14 @@ class Kernels:
     def corruption_loss(
         self, levels: Levels, constants: BinaryConstants, query_XPC: Tensor, rows: Rows, candidates_XK: Tensor,
         keep_XPK: Tensor, scale_XPC: Tensor | None, w2: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
-        workers: Workers,
+        workers: Workers, *, losses: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return (sum_i hard_weights_i hard_i + mutual_weights_i mutual_i, hard [n], mutual [n]).
 
         The first is for backward(), and as it is: its derivatives were taken with the loss. The others are numbers.
+        Without `losses` all three may be 0 instead; derivatives are the same.
         """
-        arguments = (levels, constants, rows, candidates_XK, keep_XPK, workers)
+        arguments = (levels, constants, rows, candidates_XK, keep_XPK, workers, losses)
         return cast(
             tuple[Tensor, Tensor, Tensor],
             _CorruptionLoss.apply(  # type: ignore[no-untyped-call]
@@ -106,10 +107,10 @@ class _CorruptionLoss(torch.autograd.Function):
         ctx: Any, kernels: Kernels, arguments: Any, values_UC: Tensor, query_XPC: Tensor, scale_XPC: Tensor | None,
         w2: Tensor, hard_weights_n: Tensor, mutual_weights_n: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        levels, constants, rows, candidates_XK, keep_XPK, workers = arguments
+        levels, constants, rows, candidates_XK, keep_XPK, workers, losses = arguments
         terms: CorruptionTerms = kernels.corruptions.corruption_terms(
             levels, constants, w2.item(), query_XPC, values_UC, candidates_XK, keep_XPK, scale_XPC, hard_weights_n,
-            mutual_weights_n, rows.gathered_UC, workers,
+            mutual_weights_n, rows.gathered_UC, workers, losses=losses,
         )  # fmt: skip
         ctx.terms = terms
         ctx.mark_non_differentiable(terms.hard_n, terms.mutual_n)

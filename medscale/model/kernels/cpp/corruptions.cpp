@@ -24,7 +24,7 @@ template <class T> constexpr i64 PAIR = 2 * WIDTH<T>;
 // The arguments of a step's corruption, in the order in which cpu_corruptions.py lists them.
 template <class T> struct Corruptions {
     i64 geometry, num_sub_models, num_chunks, num_queries, num_candidates, stride, row_stride;
-    i64 plain, raw, over_batch, both, weights_learn, divergence, evaluated, num_moving;
+    i64 plain, losses, raw, over_batch, both, weights_learn, divergence, evaluated, num_moving;
     double w2;
     const i64* ends_n;
     const T *kappas_n, *temperatures_n, *margins_n;
@@ -46,9 +46,10 @@ template <class T> struct Corruptions {
 
 namespace {
 
-// What a sub-model's loss takes of itself and of its neighbours: logits a s + b, and by what derivatives are multiplied.
+// What a sub-model's loss takes of itself and of its neighbours: logits a s + b, also in powers of two, and by what
+// derivatives are multiplied.
 template <class T> struct Level {
-    T a, b, a_below, b_below, pull, pull_below, pull_above, kappa_above;
+    T a, b, a_of_two, b_of_two, a_below, b_below, pull, pull_below, pull_above, kappa_above;
 };
 
 // Neighbours that are missing, or not taught, pull with no weight: one loop serves all sub-models.
@@ -56,7 +57,7 @@ template <class T> Level<T> level_of(const Corruptions<T>& a, i64 i) {
     const i64 below = std::max<i64>(i - 1, 0), above = std::min(i + 1, a.num_sub_models - 1);
     const T own = a.temperatures_n[i], sign = a.geometry == PRODUCT || a.geometry == L2 ? 1 : -1;
     return {
-        own, own * a.margins_n[i], a.temperatures_n[below], a.temperatures_n[below] * a.margins_n[below],
+        own, own * a.margins_n[i], LOG2_E<T> * own, LOG2_E<T> * own * a.margins_n[i], a.temperatures_n[below], a.temperatures_n[below] * a.margins_n[below],
         sign * a.hard_weights_n[i] * own,
         i > 0 && a.taught_n[i] && a.both ? sign * a.mutual_weights_n[i] * own : T(0),
         above > i && a.taught_n[above] ? sign * a.mutual_weights_n[above] * own : T(0),
@@ -72,6 +73,8 @@ template <class T> struct Workspace {
     std::vector<T> candidates_TCN, scores_PnK;
     // of one query and a few sub-models: unnormalised weights, exp(-|z|)
     std::vector<T> weights_mK, decays_mK;
+    // whether those weights are e^z
+    std::vector<uint8_t> own_n;
     // of one query: how to normalise weights, derivatives by the gap to the sub-model above
     std::vector<T> tops_n, totals_n, slopes_K, present_K, kept_K, zeros_K;
     // of one query: how much labels count beside what the sub-model above teaches
@@ -82,7 +85,7 @@ template <class T> struct Workspace {
     explicit Workspace(const Corruptions<T>& a)
         : tiles((a.num_candidates + LANES - 1) / LANES), padded(tiles * LANES),
           candidates_TCN(tiles * a.ends_n[a.num_sub_models - 1] * LANES), scores_PnK(QUERIES * a.num_sub_models * padded),
-          weights_mK(SUB_MODELS * padded), decays_mK(SUB_MODELS * padded), tops_n(a.num_sub_models), totals_n(a.num_sub_models),
+          weights_mK(SUB_MODELS * padded), decays_mK(SUB_MODELS * padded), own_n(a.num_sub_models), tops_n(a.num_sub_models), totals_n(a.num_sub_models),
           slopes_K(padded), present_K(padded), kept_K(padded), zeros_K(padded), trust_K(padded),
           hard_nV(a.num_sub_models * WIDTH<T>), mutual_nV(a.num_sub_models * WIDTH<T>) {
         for (i64 i = 0; i < a.num_sub_models; i++) levels_n.push_back(level_of(a, i));
@@ -112,33 +115,46 @@ void score(const Corruptions<T>& a, const T* query_PC, const T* scale_PC, const 
     }
 }
 
-// Fill in, for sub-model i, weights e^z of kept candidates, 0 of others, with their sum, and with LOSSES also e^-|z|: one
-// exponential is all of it where the evidence is the sub-model's own logit z and w2 is 1. Nothing is taken off z against
-// overflow; where that would be needed, the answer is false, and what was filled in worth nothing.
-template <bool LOSSES, class T>
-bool take_own_exponentials(const Corruptions<T>& a, i64 i, const T* scores, T* __restrict weights, T* __restrict decays, Workspace<T>& w) {
-    // e^60 is far from where float ends, and e^-60 too
-    constexpr T FAR = 60, MOST = T(1e26), LEAST = T(1e-26);
-    const T own_a = w.levels_n[i].a, own_b = w.levels_n[i].b;
-    const T* kept = w.kept_K.data();
-    Pair<T> totals = {};
-    for (i64 k = 0; k < w.padded; k += PAIR<T>) {
-        Pair<T> z = own_a * load_pair(scores + k) + own_b, e = exponential(smaller(FAR, z)), weight = load_pair(kept + k) * e;
-        store(weights + k, weight);
-        if (LOSSES) store(decays + k, where_negative(z, e, reciprocal(e)));
-        totals += weight;
+// Whether e^-|z| is wanted beside weights; from weights that are e^z it can be had.
+enum class Decays { NONE, OF_ANY, OF_ALL };
+
+// Fill in, for sub-models [first, last), weights e^z of kept candidates, 0 of others, with their sum, and with DECAYS also
+// e^-|z|: one exponential is all of it where the evidence is the sub-model's own logit z and w2 is 1. Nothing is taken off
+// z against overflow; where that would be needed, own_n gets false, and what was filled in is worth nothing.
+template <bool DECAYS, class T>
+void take_own_exponentials(i64 first, i64 last, const T* scores_nK, Workspace<T>& w) {
+    // far from where float ends; a weight of 2^86 makes the total more than MOST
+    constexpr T FAR = 86, MOST = T(7e25), LEAST = T(1e-26);
+    const i64 padded = w.padded;
+    const T* __restrict kept = w.kept_K.data();
+    V<T> totals_mV[SUB_MODELS];
+    for (i64 i = first; i < last; i++) {
+        const T own_a = w.levels_n[i].a_of_two, own_b = w.levels_n[i].b_of_two;
+        const T* scores = scores_nK + i * padded;
+        T *__restrict weights = w.weights_mK.data() + (i - first) * padded, *__restrict decays = w.decays_mK.data() + (i - first) * padded;
+        V<T> totals = {};
+        for (i64 k = 0; k < padded; k += PAIR<T>) {
+            Pair<T> z = own_a * load_pair(scores + k) + own_b, e = power_of_two(smaller(FAR, z)), weight = load_pair(kept + k) * e;
+            store(weights + k, weight);
+            if (DECAYS) store(decays + k, where_negative(z, e, reciprocal(e)));
+            totals += weight.a + weight.b;
+        }
+        totals_mV[i - first] = totals;
     }
-    w.tops_n[i] = 0;
-    w.totals_n[i] = sum(totals);
-    // also false where something is not a number
-    return w.totals_n[i] >= LEAST && w.totals_n[i] < MOST;
+    for (i64 i = first; i < last; i++) {
+        const T total = sum(totals_mV[i - first]);
+        w.tops_n[i] = 0;
+        w.totals_n[i] = total;
+        // also false where something is not a number
+        w.own_n[i] = total >= LEAST && total < MOST;
+    }
 }
 
 // The same for any evidence and w2, for sub-models [first, last): weights exp(w2 evidence - top) of kept candidates, with
 // (top, their sum). The evidence is the logit, or raw score, of sub-model j; none if that is below 0.
 //
 // Sweeps over some sub-models, each with a short chain of operations that wait for each other: many then overlap.
-template <bool LOSSES, class T>
+template <bool DECAYS, class T>
 void take_any_exponentials(const Corruptions<T>& a, i64 block, i64 first, i64 last, const T* scores_nK, Workspace<T>& w) {
     const T lowest = -std::numeric_limits<T>::infinity();
     for (i64 i = first; i < last; i++) {
@@ -167,7 +183,7 @@ void take_any_exponentials(const Corruptions<T>& a, i64 block, i64 first, i64 la
             Pair<T> both = exponential(Pair<T>{exponent - top, -absolute<T>(own_a * (gamma + load(scores + k)))});
             V<T> weight = exponent > lowest ? both.a : V<T>{};
             store(weights + k, weight);
-            if (LOSSES) store(decays + k, both.b);
+            if (DECAYS) store(decays + k, both.b);
             totals += weight;
         }
         w.totals_n[i] = sum(totals);
@@ -175,16 +191,18 @@ void take_any_exponentials(const Corruptions<T>& a, i64 block, i64 first, i64 la
 }
 
 // Fill in sub-models [first, last) of a query.
-template <bool LOSSES, class T>
+template <Decays DECAYS, class T>
 void take_exponentials(const Corruptions<T>& a, i64 first, i64 last, const T* scores_nK, Workspace<T>& w) {
+    constexpr bool OF_ANY = DECAYS != Decays::NONE;
     bool own = a.w2 == 1 && !a.raw;
     for (i64 i = first; i < last; i++) own = own && a.evidence_n[i] == i && a.hard_weights_n[i] != 0;
-    if (!own) return take_any_exponentials<LOSSES>(a, first, first, last, scores_nK, w);
-    for (i64 i = first; i < last; i++) {
-        T *weights = w.weights_mK.data() + (i - first) * w.padded, *decays = w.decays_mK.data() + (i - first) * w.padded;
-        if (!take_own_exponentials<LOSSES>(a, i, scores_nK + i * w.padded, weights, decays, w))
-            take_any_exponentials<LOSSES>(a, first, i, i + 1, scores_nK, w);
+    if (!own) {
+        std::fill(w.own_n.begin() + first, w.own_n.begin() + last, false);
+        return take_any_exponentials<OF_ANY>(a, first, first, last, scores_nK, w);
     }
+    take_own_exponentials<DECAYS == Decays::OF_ALL>(first, last, scores_nK, w);
+    for (i64 i = first; i < last; i++)
+        if (!w.own_n[i]) take_any_exponentials<OF_ANY>(a, first, i, i + 1, scores_nK, w);
 }
 
 // Sum weight x evidence, and loss x evidence: what the derivative by w2 is made of. Even weights have none.
@@ -204,84 +222,115 @@ void slope_sums(const Corruptions<T>& a, i64 i, i64 query, T scale, const T* sco
     a.sums_4XPn[2 * per_sum + query * n + i] = scale * sum(product);
 }
 
-// Take one query's losses, and turn its scores into what each level's own sum is worth to them, last level first.
-// z = a (gamma + s). Weight x softplus(z) is equation 5, Huber between neighbours' z equation 2; instead of it the KL
-// divergence between their sigmoids, or labels weighed by what a teacher is right about (see negatives.py).
+// What the loop over a sub-model's candidates is told beside its constants.
+template <class T> struct Candidates {
+    i64 i;
+    const T *weights, *decays, *decays_below, *scores_below, *factors_above;
+    T* scores;
+    // what losses on labels are multiplied by
+    T scale;
+};
+
+// Take a sub-model's losses for one query, and turn its scores into what its own level's sum is worth to them and to those
+// of larger ones. z = a (gamma + s). Weight x softplus(z) is equation 5, Huber between neighbours' z equation 2; instead of
+// it the KL divergence between their sigmoids, or labels weighed by what a teacher is right about (see negatives.py).
 //
 // PLAIN, which is nearly always: the larger teaches the smaller by Huber's loss, each query has weights of its own, and
-// they do not learn. Losses are then added to those of the chunk.
-template <int G, bool PLAIN, class T>
+// they do not learn. Where weights are e^z too (OWN), they tell sigmoids. Derivatives need no LOSSES, which are logarithms;
+// they are the same bits with and without.
+template <int G, bool PLAIN, bool OWN, bool LOSSES, class T>
+void differentiate_sub_model(const Corruptions<T>& a, const Candidates<T>& c, Workspace<T>& w, Pair<T>& hard, Pair<T>& mutual) {
+    const bool both = !PLAIN && a.both, divergence = !PLAIN && a.divergence, evaluated = !PLAIN && a.evaluated;
+    const Level<T> level = w.levels_n[c.i];
+    const T pull = level.pull * c.scale, *present = w.present_K.data();
+    T *__restrict slopes = w.slopes_K.data(), *__restrict scores = c.scores;
+    for (i64 k = 0; k < w.padded; k += PAIR<T>) {
+        Pair<T> s = load_pair(scores + k), weight = load_pair(c.weights + k);
+        Pair<T> z = level.a * s + level.b;
+        Pair<T> u, truth, loss;
+        if constexpr (OWN) {
+            // those that are not kept have weight 0, and need neither truth nor loss
+            truth = weight * reciprocal(T(1) + weight);
+            if (LOSSES) u = where_negative(z, weight, reciprocal(larger(T(1), weight)));
+        } else {
+            u = load_pair(c.decays + k);
+            Pair<T> sigmoid = reciprocal(T(1) + u);
+            truth = where_negative(z, u * sigmoid, sigmoid);
+        }
+        // larger(0, z) is z where that is not a number
+        if (LOSSES) loss = larger(T(0), z) + log_1_plus(u);
+        Pair<T> gap = level.a_below * load_pair(c.scores_below + k) + (level.b_below - z);
+        Pair<T> slope, apart;
+        if (divergence) [[unlikely]] {
+            Pair<T> z_below = z + gap;
+            Pair<T> u_below = c.decays_below ? load_pair(c.decays_below + k) : exponential(-absolute(z_below));
+            Pair<T> sigmoid_below = reciprocal(T(1) + u_below);
+            slope = load_pair(present + k) * (where_negative(z_below, u_below * sigmoid_below, sigmoid_below) - truth);
+            apart = larger(T(0), z_below) + log_1_plus(u_below) - loss - truth * gap;
+            apart = both ? slope * gap : load_pair(present + k) * apart;
+        } else {
+            slope = load_pair(present + k) * smaller(T(1), larger(T(-1), gap));
+            if (LOSSES) apart = slope * (gap - T(0.5) * slope);
+        }
+        if (evaluated) [[unlikely]] {
+            weight = weight * load_pair(w.trust_K.data() + k);
+            slope = slope * (T(1) - truth), apart = apart * (T(1) - truth);
+            store(w.trust_K.data() + k, a.taught_n[c.i] ? truth : Pair<T>{all(T(1)), all(T(1))});
+        }
+        if (LOSSES) {
+            hard += weight * loss;
+            mutual += apart;
+        }
+        Pair<T> factor = (pull * weight) * truth;
+        // the gap to the one above was taken when that one's turn was
+        factor += level.pull_above * load_pair(slopes + k);
+        if (both) factor += -level.pull_below * slope;
+        store(slopes + k, slope);
+        // where the distance is 0 so are the differences that this is multiplied by
+        if constexpr (G == L2) factor = factor * reciprocal(smaller(-std::numeric_limits<T>::min(), s));
+        store(scores + k, factor + level.kappa_above * load_pair(c.factors_above + k));
+    }
+}
+
+// Take one query's losses, and turn its scores into what each level's own sum is worth to them, last level first.
+// PLAIN losses are added to those of the chunk.
+template <int G, bool PLAIN, bool LOSSES, class T>
 void differentiate_losses(const Corruptions<T>& a, i64 query, T* __restrict scores_nK, Workspace<T>& w) {
+    static_assert(PLAIN || LOSSES);
     const TinyIsZero tiny_is_zero;
-    const bool over_batch = !PLAIN && a.over_batch, both = !PLAIN && a.both, weights_learn = !PLAIN && a.weights_learn;
-    const bool divergence = !PLAIN && a.divergence, evaluated = !PLAIN && a.evaluated;
     const i64 n = a.num_sub_models, padded = w.padded, per_sum = a.num_chunks * a.num_queries * n;
     const T share = T(1) / T(a.num_chunks * a.num_queries);
-    const T *present = w.present_K.data(), *zeros = w.zeros_K.data();
-    T* __restrict slopes = w.slopes_K.data();
     std::fill(w.slopes_K.begin(), w.slopes_K.end(), T(0));
-    if (evaluated) std::fill(w.trust_K.begin(), w.trust_K.end(), T(1));
+    if (!PLAIN && a.evaluated) std::fill(w.trust_K.begin(), w.trust_K.end(), T(1));
     i64 first = n;
     for (i64 i = n - 1; i >= 0; i--) {
         if (i < first) {
             first = std::max<i64>(0, i + 1 - SUB_MODELS);
-            take_exponentials<true>(a, first, i + 1, scores_nK, w);
+            take_exponentials<PLAIN ? Decays::OF_ANY : Decays::OF_ALL>(a, first, i + 1, scores_nK, w);
         }
-        const Level<T>& level = w.levels_n[i];
         const T *weights = w.weights_mK.data() + (i - first) * padded, *decays = w.decays_mK.data() + (i - first) * padded;
         const T total = w.totals_n[i];
-        T scale = 0;
-        if (total > 0) scale = over_batch ? std::exp(w.tops_n[i] - a.largest_n[i]) / a.total_n[i] : share / total;
-        if (weights_learn) slope_sums(a, i, query, scale, scores_nK, padded, weights, decays);
-        const T pull = level.pull * scale;
         T* scores = scores_nK + i * padded;
-        const T *scores_below = i > 0 ? scores - padded : scores, *factors_above = i + 1 < n ? scores + padded : zeros;
-        const T* decays_below = i > first ? decays - padded : nullptr;
+        T scale = 0;
+        if (total > 0) scale = !PLAIN && a.over_batch ? std::exp(w.tops_n[i] - a.largest_n[i]) / a.total_n[i] : share / total;
+        if (!PLAIN && a.weights_learn) slope_sums(a, i, query, scale, scores_nK, padded, weights, decays);
+        const Candidates<T> candidates = {
+            i, weights, decays, i > first ? decays - padded : nullptr, i > 0 ? scores - padded : scores,
+            i + 1 < n ? scores + padded : w.zeros_K.data(), scores, scale,
+        };
         Pair<T> hard = {}, mutual = {};
-        for (i64 k = 0; k < padded; k += PAIR<T>) {
-            Pair<T> s = load_pair(scores + k), weight = load_pair(weights + k);
-            Pair<T> z = level.a * s + level.b;
-            Pair<T> u = load_pair(decays + k), sigmoid = reciprocal(T(1) + u);
-            Pair<T> truth = where_negative(z, u * sigmoid, sigmoid);
-            // larger(0, z) is z where that is not a number
-            Pair<T> loss = larger(T(0), z) + log_1_plus(u);
-            Pair<T> gap = level.a_below * load_pair(scores_below + k) + (level.b_below - z);
-            Pair<T> slope, apart;
-            if (divergence) [[unlikely]] {
-                Pair<T> z_below = z + gap;
-                Pair<T> u_below = decays_below ? load_pair(decays_below + k) : exponential(-absolute(z_below));
-                Pair<T> sigmoid_below = reciprocal(T(1) + u_below);
-                slope = load_pair(present + k) * (where_negative(z_below, u_below * sigmoid_below, sigmoid_below) - truth);
-                apart = larger(T(0), z_below) + log_1_plus(u_below) - loss - truth * gap;
-                apart = both ? slope * gap : load_pair(present + k) * apart;
-            } else {
-                slope = load_pair(present + k) * smaller(T(1), larger(T(-1), gap));
-                apart = slope * (gap - T(0.5) * slope);
-            }
-            if (evaluated) [[unlikely]] {
-                weight = weight * load_pair(w.trust_K.data() + k);
-                slope = slope * (T(1) - truth), apart = apart * (T(1) - truth);
-                store(w.trust_K.data() + k, a.taught_n[i] ? truth : Pair<T>{all(T(1)), all(T(1))});
-            }
-            hard += weight * loss;
-            mutual += apart;
-            Pair<T> factor = (pull * weight) * truth;
-            // the gap to the one above was taken when that one's turn was
-            factor += level.pull_above * load_pair(slopes + k);
-            if (both) factor += -level.pull_below * slope;
-            store(slopes + k, slope);
-            // where the distance is 0 so are the differences that this is multiplied by
-            if constexpr (G == L2) factor = factor * reciprocal(smaller(-std::numeric_limits<T>::min(), s));
-            store(scores + k, factor + level.kappa_above * load_pair(factors_above + k));
-        }
-        if constexpr (PLAIN) {
-            T *chunk_hard = w.hard_nV.data() + i * WIDTH<T>, *chunk_mutual = w.mutual_nV.data() + i * WIDTH<T>;
-            store(chunk_hard, load(chunk_hard) + scale * (hard.a + hard.b));
-            if (a.taught_n[i]) store(chunk_mutual, load(chunk_mutual) + (mutual.a + mutual.b));
-        } else {
+        if (PLAIN && w.own_n[i])
+            differentiate_sub_model<G, PLAIN, PLAIN, LOSSES>(a, candidates, w, hard, mutual);
+        else
+            differentiate_sub_model<G, PLAIN, false, LOSSES>(a, candidates, w, hard, mutual);
+        if constexpr (!PLAIN) {
             T* sums = a.sums_4XPn + query * n + i;
             sums[0] = scale * sum(hard);
             sums[3 * per_sum] = a.taught_n[i] ? sum(mutual) : T(0);
+        } else if constexpr (LOSSES) {
+            T *chunk_hard = w.hard_nV.data() + i * WIDTH<T>, *chunk_mutual = w.mutual_nV.data() + i * WIDTH<T>;
+            store(chunk_hard, load(chunk_hard) + scale * (hard.a + hard.b));
+            if (a.taught_n[i]) store(chunk_mutual, load(chunk_mutual) + (mutual.a + mutual.b));
         }
     }
 }
@@ -347,13 +396,15 @@ void corrupt(const Corruptions<T>& a, i64 offset, bool only_weights, i64 first, 
                 const uint8_t* keep = a.keep_XPK + query * a.num_candidates;
                 for (i64 k = 0; k < a.num_candidates; k++) w.kept_K[k] = keep[k];
                 if (only_weights) {
-                    for (i64 i = 0; i < n; i += SUB_MODELS) take_exponentials<false>(a, i, std::min(i + SUB_MODELS, n), scores_nK, w);
+                    for (i64 i = 0; i < n; i += SUB_MODELS) take_exponentials<Decays::NONE>(a, i, std::min(i + SUB_MODELS, n), scores_nK, w);
                     std::copy(w.tops_n.begin(), w.tops_n.end(), a.sums_4XPn + query * n);
                     std::copy(w.totals_n.begin(), w.totals_n.end(), a.sums_4XPn + per_sum + query * n);
-                } else if (a.plain) {
-                    differentiate_losses<G, true>(a, query, scores_nK, w);
+                } else if (!a.plain) {
+                    differentiate_losses<G, false, true>(a, query, scores_nK, w);
+                } else if (a.losses) {
+                    differentiate_losses<G, true, true>(a, query, scores_nK, w);
                 } else {
-                    differentiate_losses<G, false>(a, query, scores_nK, w);
+                    differentiate_losses<G, true, false>(a, query, scores_nK, w);
                 }
             }
             if (only_weights) continue;

@@ -202,6 +202,21 @@ INLINE V<double> exponential(V<double> x) {
 }
 INLINE Pair<double> exponential(Pair<double> x) { return {exponential(x.a), exponential(x.b)}; }
 
+template <class T> constexpr T LOG2_E = T(1.4426950408889634);
+
+// 2^x for x up to 127: float within 2e-7 relative and at least 2^-126; double as the C library has it
+INLINE Pair<float> power_of_two(Pair<float> x) {
+    x = larger(-126.0f, x);
+    Pair<float> rounded = x + 12582912.0f, r = x - (rounded - 12582912.0f), r2 = r * r;
+    // the polynomial of e^x, whose r is this one's times log(2)
+    Pair<float> high = 1.330025677e-3f * r + 9.669718542e-3f, low = 5.550560056e-2f * r + 2.402228146e-1f;
+    return scaled_by_power((high * r2 + low) * r2 + (0.6931471806f * r + 1.0f), rounded);
+}
+INLINE Pair<double> power_of_two(Pair<double> x) {
+    for (int i = 0; i < WIDTH<double>; i++) x.a[i] = std::exp2(x.a[i]), x.b[i] = std::exp2(x.b[i]);
+    return x;
+}
+
 // 1 / v. In float, where neither is near the ends of its range: an estimate and a step of Newton's, 2e-7.
 INLINE V<float> estimated_reciprocal(V<float> v) {
 #ifdef __AVX__
