@@ -278,3 +278,41 @@ def test_only_touched_rows_move_and_all_blocks_do(toy_graph: Graph, tmp_path: Pa
             moved = (one != other).any(1)
             assert not (moved & ~touched).any()
             assert moved.any()
+
+
+@pytest.mark.parametrize(("scorer", "kind"), [("transe", "rowwise_adagrad"), ("pairre", "adagrad")])
+@pytest.mark.parametrize("relation_lr", [None, 0.2])
+def test_small_tiers_columns_move_faster(
+    toy_graph: Graph, tmp_path: Path, scorer: str, kind: str, relation_lr: float | None
+) -> None:
+    """The first step of Adagrad is the learning rate in each direction, so blocks' steps are as their rates."""
+    steps: list[list[torch.Tensor]] = []
+    for growth in (0.0, 0.5):
+        optimizer = {"kind": kind, "lr_growth": growth, "lr": 0.01, "relation_lr": relation_lr}
+        job = toy_job(scorer, optimizer=optimizer)
+        with process_group(torch.device("cpu")):
+            trainer = Trainer(job, toy_graph, tmp_path, torch.device("cpu"))
+            trainer.initialise()
+            before = [*(b.clone() for b in trainer.table.all_rows().blocks), trainer.relations.detach().clone()]
+            trainer.train_step(trainer.batches.batch(0))
+            after = [*trainer.table.all_rows().blocks, trainer.relations.detach()]
+            steps.append([a - b for a, b in zip(after, before, strict=True)])
+    # tiers of 4 and 16 units, whose blocks end at whole vectors' widths
+    ends = torch.tensor([float(block.start + block.width) for block in trainer.layout.blocks])
+    factors = (ends[-1] / ends) ** 0.5
+    assert len(factors) == 2
+    assert factors[0] > 1.5
+    for even, grown, factor in zip(steps[0], steps[1], factors, strict=False):
+        torch.testing.assert_close(grown, factor * even, rtol=1e-4, atol=1e-7)
+    units = torch.arange(16) * trainer.layout.scorer.unit_columns
+    of_relations = torch.where(units < ends[0], factors[0], 1.0).repeat_interleave(steps[0][2].shape[1] // 16)
+    torch.testing.assert_close(steps[1][2], steps[0][2] * (1.0 if relation_lr else of_relations), rtol=1e-4, atol=1e-7)
+
+
+def test_a_run_with_rates_of_its_own_for_each_block_goes_on_bit_for_bit(toy_graph: Graph, tmp_path: Path) -> None:
+    job = quick_job(optimizer={"lr_growth": 0.5}, train={"epochs": 2})
+    longer = quick_job(optimizer={"lr_growth": 0.5}, train={"epochs": 4})
+    train(job, toy_graph, tmp_path / "one")
+    train(longer, toy_graph, tmp_path / "one")
+    train(longer, toy_graph, tmp_path / "whole")
+    assert_same_end(tmp_path / "one", tmp_path / "whole")
