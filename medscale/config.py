@@ -280,13 +280,6 @@ class OptimizerSection:
     )
     lr: float = key(0.1, "learning rate of the entity tables", above=0)
     relation_lr: float | None = key(None, "learning rate of the relations; default: lr", above=0)
-    lr_growth: float = key(
-        0.0,
-        "how much faster the first columns move, which alone are the small tiers: the table that ends at column c of "
-        "C has the learning rate lr x (C / c)^lr_growth; so have relations' columns, unless relation_lr is given",
-        minimum=0,
-        maximum=1,
-    )
     schedule: Literal["constant", "linear"] = key("constant", "`linear` decays to 0 at the last step")
     warmup_steps: int = key(0, "steps over which the learning rates rise from 0", minimum=0)
 

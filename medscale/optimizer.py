@@ -1,6 +1,6 @@
 """Optimizers: fused on the entity blocks, torch.optim on relations and scaling parameters, one schedule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from medscale.config import OptimizerSection
 from medscale.errors import UnsupportedError
 from medscale.model.embedding import EntityTable
-from medscale.model.layout import Layout
 
-__all__ = ["Optimizers", "block_factors", "fused_optimizer", "learning_rate_factor"]
+__all__ = ["Optimizers", "fused_optimizer", "learning_rate_factor"]
 
 #: small enough to leave Adagrad's first steps at full size
 _EPS = 1e-10
@@ -50,16 +49,6 @@ def learning_rate_factor(section: OptimizerSection, step: int, total_steps: int)
     return warm * max(0.0, 1 - max(0, step - section.warmup_steps) / rest)
 
 
-def block_factors(layout: Layout, growth: float) -> Mapping[str, float]:
-    """Return by block what its learning rate is multiplied with: (columns / those up to its end)^growth.
-
-    A model trained for d units alone wants a rate in proportion to 1/d: of fewer columns each one has to say more.
-    Among the prefixes of one model growth in between serves all sizes: see `tools/bench/results/reproduce`.
-    """
-    ends = {block.name: min(block.start + block.width, layout.num_columns) for block in layout.blocks}
-    return {name: (layout.num_columns / end) ** growth for name, end in ends.items()}
-
-
 class Optimizers:
     """All optimizers of a run, driven together."""
 
@@ -80,8 +69,6 @@ class Optimizers:
         """
         self.section, self.table = section, table
         self.frozen = torch.tensor(frozen_relations, dtype=torch.int64, device=relations.device)
-        #: what the steps of relations' columns [C] are multiplied with; None: nothing
-        self.growth_C = _relation_factors(section, table.layout, relations.device)
         self.relations, self.scaling = relations, scaling
         rate = section.relation_lr or section.lr
         self.dense = (
@@ -105,11 +92,7 @@ class Optimizers:
         if self.relations.grad is not None and len(self.frozen):
             # Without weight decay or momentum of their own, rows with a gradient of +0 keep every bit.
             self.relations.grad.index_fill_(0, self.frozen, 0.0)
-        before = self.relations.detach().clone()
         self.dense.step()
-        if self.growth_C is not None:
-            with torch.no_grad():
-                self.relations.copy_(before + self.growth_C * (self.relations - before))
         self.dense.zero_grad(set_to_none=True)
         if self.encoder is not None:
             self.encoder.step()
@@ -139,13 +122,3 @@ class Optimizers:
                 "exp_avg": torch.zeros_like(self.relations),
                 "exp_avg_sq": torch.zeros_like(self.relations),
             }
-
-
-def _relation_factors(section: OptimizerSection, layout: Layout, device: torch.device) -> Tensor | None:
-    """Return what relations' columns [C] move faster by: as much as the entity columns of their units."""
-    if not section.lr_growth or section.relation_lr is not None:
-        return None
-    factors, scorer = block_factors(layout, section.lr_growth), layout.scorer
-    of_columns = torch.tensor([factors[block.name] for block in layout.blocks for _ in range(block.width)])
-    first_columns = torch.arange(layout.dims[-1]) * scorer.unit_columns
-    return of_columns[first_columns].repeat_interleave(scorer.relation_unit_columns).to(device)

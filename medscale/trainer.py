@@ -57,7 +57,7 @@ from medscale.model.embedding import EntityTable, initial_relations
 from medscale.model.encoder import encoder_of
 from medscale.model.layout import layout_of
 from medscale.objective import Objective, Terms
-from medscale.optimizer import Optimizers, block_factors, fused_optimizer, learning_rate_factor
+from medscale.optimizer import Optimizers, fused_optimizer, learning_rate_factor
 from medscale.pulse import naming_the_silent
 from medscale.sharding import placement_of
 from medscale.storage import fault_point, write_atomic
@@ -118,7 +118,6 @@ class Trainer:
             workers=workers,
             placement=self.placement,
             num_frozen=num_frozen,
-            factors=block_factors(self.layout, job.optimizer.lr_growth),
         )
         self.relations = torch.nn.Parameter(
             torch.empty(self.layout.num_relation_rows, self.layout.num_relation_columns, device=device)

@@ -99,13 +99,8 @@ class EntityTable(nn.Module):
         workers: Workers = ALONE,
         placement: Placement | None = None,
         num_frozen: int = 0,
-        factors: Mapping[str, float] | None = None,
     ) -> None:
-        """Make the tables, unfilled; rows below `num_frozen` are never updated.
-
-        `factors` are what learning rates are multiplied with, by block (default: all 1). Blocks of one factor are
-        looked up and updated together.
-        """
+        """Make the tables, unfilled; rows below `num_frozen` are never updated."""
         super().__init__()
         if os.environ.get("FBGEMM_TBE_BOUNDS_CHECK_MODE"):
             raise UnsupportedError(
@@ -117,9 +112,7 @@ class EntityTable(nn.Module):
         # Each worker's loss is its share of the job's, so gradients add up; TorchRec would take their mean.
         set_gradient_division(False)
         collection = _collection(layout)
-        for name, table in collection.embedding_bags.items():
-            rate = optimizer_arguments["lr"] * (factors[name] if factors else 1.0)
-            apply_optimizer_in_backward(optimizer, table.parameters(), {**optimizer_arguments, "lr": rate})
+        apply_optimizer_in_backward(optimizer, collection.parameters(), optimizer_arguments)
         sharder = _sharder()
         # Rows spread over workers come back by calls that want as many from each.
         self.equal_batches = workers.size > 1 and placement.is_row_wise
@@ -132,8 +125,6 @@ class EntityTable(nn.Module):
             init_data_parallel=False,
         )
         self._require_fused_state()
-        groups = self.sharded.fused_optimizer.param_groups
-        self._factors = [group["lr"] / optimizer_arguments["lr"] for group in groups]
 
     def rows(self, entities_U: Tensor) -> Tensor:
         """Look up rows [U, C] of distinct ids [U]; the gradient that flows back is applied at once.
@@ -167,9 +158,9 @@ class EntityTable(nn.Module):
         return rows_BC[: len(entities_U), : self.layout.num_columns]
 
     def set_learning_rate(self, rate: float) -> None:
-        """Give the fused optimizer its learning rate for the next backward pass, before blocks' factors."""
-        for group, factor in zip(self.sharded.fused_optimizer.param_groups, self._factors, strict=True):
-            group["lr"] = factor * rate
+        """Give the fused optimizer its learning rate for the next backward pass."""
+        for group in self.sharded.fused_optimizer.param_groups:
+            group["lr"] = rate
         self.sharded.fused_optimizer.step()
 
     def set_optimizer_step(self, step: int) -> None:
