@@ -4,6 +4,7 @@ usage: python tools/bench/speed_table.py [--check]
 """
 
 import json
+import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,21 @@ def training() -> Iterator[str]:
 
 
 def parts() -> Iterator[str]:
-    """Yield a row per scorer and way of sharing: where a step of 64 sub-models spends its time on one core."""
-    for r in records_of("training_step"):
-        if (r["sub_models"], r["blocks"], r["threads"]) == (64, 1, 1):
-            cells = [f"`{r['scorer']}`", SHARED[r["sharing"]], *(f"{share:.0%}" for share in r["shares"].values())]
-            yield " | ".join(cells)
+    """Yield a row per scorer and way of sharing: ms of each part of a step of 64 sub-models, on one core and on two."""
+    records = [r for r in records_of("training_step") if (r["sub_models"], r["blocks"]) == (64, 1)]
+    for scorer, sharing in dict.fromkeys((r["scorer"], r["sharing"]) for r in records):
+        of = [r for r in records if (r["scorer"], r["sharing"]) == (scorer, sharing)]
+        ms = [{part: share * 1000 * r["batch"] / r["triples_per_s"] for part, share in r["shares"].items()} for r in of]
+        yield " | ".join(
+            [f"`{scorer}`", SHARED[sharing], *(" / ".join(f"{m[part]:.1f}" for m in ms) for part in ms[0])]
+        )
+
+
+def copies() -> str:
+    """Return what a copy moves on one core and on two, in words."""
+    of = {n: [r["copy_gb_per_s"] for r in records_of("prefix_scoring") if r["threads"] == n] for n in (1, 2)}
+    one, two = (statistics.median(figures) for figures in of.values())
+    return f"A copy moves {one:.0f} GB/s on one core and {two:.0f} on both."
 
 
 def scoring() -> Iterator[str]:
@@ -240,8 +251,10 @@ def section() -> str:
         "",
         *table(f"scorer | negatives | {sizes}", training()),
         "",
-        "Where a step of 64 sub-models spends its time, on one core: waiting for its batch, looking rows up, the loss "
-        "(queries, positives, autograd), the fused kernel of the negatives, guards, updates.",
+        "Where a step of 64 sub-models spends its time, in ms on one core / on two: waiting for its batch, looking "
+        "rows up, the loss (queries, positives, autograd), the fused kernel of the negatives, guards, updates. Batches "
+        "are drawn beside the step, on a core that one thread leaves idle. The kernel gains most by a second core; "
+        f"FBGEMM's look-up and update, which move rows through memory, gain next to nothing. {copies()}",
         "",
         *table("scorer | negatives | " + " | ".join(records_of("training_step")[0]["shares"]), parts()),
         "",
