@@ -141,7 +141,7 @@ def test_the_recipe_beside_its_sub_models_alone(place: Path) -> None:
     reproduce(place, "recipe", "--dims", "10", "200", "--epochs", "6", "--trial-epochs", "2", scorer="ComplEx")
     cells = {path.stem: json.loads(path.read_text()) for path in (out / "cells").glob("*.json")}
     assert sorted(cells) == ["wn18rr_complex_dt_10", "wn18rr_complex_dt_200", "wn18rr_complex_med"]
-    assert [strength for strength, _ in cells["wn18rr_complex_dt_10"]["trials"]] == ["[0.015]", "[0.03]", "[0.06]"]
+    assert [trial["value"] for trial in cells["wn18rr_complex_dt_10"]["trials"]] == ["[0.015]", "[0.03]", "[0.06]"]
     assert [record["dim"] for record in cells["wn18rr_complex_med"]["records"]] == [10, 25, 50, 100, 200]
     rows = rows_of(out / "recipe.csv")
     assert [(r["method"], r["dim"]) for r in rows] == [("MED", "10"), ("MED", "200"), ("DT", "10"), ("DT", "200")]

@@ -13,7 +13,7 @@ from medscale.trainer import initial_scale
 
 __all__ = [
     "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "RATES", "RECIPE", "RECIPES",
-    "RECIPE_DIMS", "SCORERS", "SIXTY_FOUR", "STAGE", "SUB_MODELS", "Cell", "mean_mrr", "rate_of", "tries_of",
+    "RECIPE_DIMS", "SCORERS", "SHOWN", "SIXTY_FOUR", "STAGE", "SUB_MODELS", "Cell", "mean_mrr", "rate_of", "tries_of",
 ]  # fmt: skip
 
 DATASETS = ("WN18RR", "FB15k-237")
@@ -49,6 +49,8 @@ ABLATIONS = {
 RECIPE = "ComplEx"
 RECIPES = {"WN18RR": "wn18rr.yaml", "FB15k-237": "fb15k237.yaml"}
 RECIPE_DIMS = (10, 25, 50, 100, 200)
+#: all dims that tables show
+SHOWN = {*DIMS, *RECIPE_DIMS}
 #: the strengths of their regularizer that every model is tried with, as multiples of what the job says for its level
 _STRENGTHS = (0.5, 1.0, 2.0)
 

@@ -28,7 +28,7 @@ from medscale.model.encoder import encoder_of
 from medscale.model.layout import Layout
 from medscale.prepare import prepare
 from medscale.ranking import Ranks, count_halves, records_of
-from medscale.search import search
+from medscale.search import Trial, search
 from medscale.storage import write_json
 from medscale.train import time_limit, train
 from medscale.trainer import Outcome, initial_scale
@@ -37,6 +37,7 @@ from reproduction.cells import (
     DIMS,
     LARGEST,
     LESSONS,
+    SHOWN,
     SIXTY_FOUR,
     STAGE,
     Cell,
@@ -117,7 +118,9 @@ class Reproduction:
         job = parse_job(self.fill(cell)["job"], cell.name)
         return job.optimizer.lr / initial_scale(job)
 
-    def _tuned(self, job_of: Callable[[int], Job], name: str, epochs: int) -> tuple[Job, float, bool, list[list[Any]]]:
+    def _tuned(
+        self, job_of: Callable[[int], Job], name: str, epochs: int
+    ) -> tuple[Job, float, bool, list[dict[str, Any]]]:
         """Train with the best of all learning rates for as many epochs as are wanted and the budget has time for.
 
         `job_of` gives the job by epochs. Returns the job, the seconds, whether they ran out, and the trials.
@@ -131,9 +134,8 @@ class Reproduction:
             sys.exit(f"{name}: all trials diverged")
         best, seconds = max(judged, key=mean_mrr), min(trial.seconds / self.trial_epochs for trial in judged)
         job = job_of(max(1, min(epochs, int(60 * self.budget / seconds))))
-        tried = [[next(iter(t.values.values())), None if t.mrr is None else round(mean_mrr(t), 4)] for t in trials]
         job, seconds, rang = self._trained(with_values(job, best.values, name), 1.1 * self.budget)
-        return job, seconds, rang or job.train.epochs < epochs, tried
+        return job, seconds, rang or job.train.epochs < epochs, [tried(trial) for trial in trials]
 
     def _trained(self, job: Job, budget: float) -> tuple[Job, float, bool]:
         """Train a job until its budget is spent; return it, the seconds, and whether they ran out."""
@@ -148,7 +150,7 @@ class Reproduction:
         return job, CLOCK() - start, rang.is_set()
 
     def _write_run(
-        self, cell: Cell, job: Job, seconds: float, out_of_time: bool, trials: list[list[Any]], **more: Any
+        self, cell: Cell, job: Job, seconds: float, out_of_time: bool, trials: list[dict[str, Any]], **more: Any
     ) -> None:
         run_directory = self.runs_dir / job.name
         graph, tables = self._graph(job), open_tables(newest_checkpoint(run_directory))
@@ -217,6 +219,13 @@ class Reproduction:
             "protocol": PROTOCOL, **measured, "records": records, "answered": answered(ranks),
         })  # fmt: skip
         log(f"{cell.name}: " + ", ".join(f"{r['mrr']:.3f} @{r['dim']}" for r in records if r["dim"] in DIMS))
+
+
+def tried(trial: Trial) -> dict[str, Any]:
+    """Return what a trial tried, and how good it was on validation; None where it diverged."""
+    mrr = None if trial.mrr is None else round(mean_mrr(trial), 4)
+    by_dim = {dim: round(value, 4) for dim, value in trial.mrr_by_dim.items() if int(dim) in SHOWN}
+    return {"value": next(iter(trial.values.values())), "mrr": mrr, "mrr_by_dim": by_dim}
 
 
 def _num_parameters(job: Job, graph: Graph, layout: Layout, dim: int) -> int:

@@ -109,6 +109,14 @@ def quality(
         report.say(f"Not trained yet: {', '.join(missing)}.")
     if not rows:
         return
+    trials = [row for cell in cells if cell.dim is None for row in _trial_rows(reproduction, cell)]
+    if trials:
+        report.say(
+            "All dims of a croppable run share its learning rate, or the strength of its regularizer, and the best for "
+            "one is not the best for another; a model of one dim has its own. Validation MRR by what was tried, and "
+            "what was taken:"
+        )
+        report.table(trials, suffix="_trials")
     with report.panels([(row["data set"], row["scorer"]) for row in rows]) as panels:
         for (dataset, scorer), axis in panels.items():
             here = [row for row in rows if (row["data set"], row["scorer"]) == (dataset, scorer)]
@@ -142,6 +150,19 @@ def _quality_rows(
             "Hits@10": record["hits@10"], "paper's Hits@10": hits, "minutes": minutes_of(found),
             "epochs": found["validations"][-1]["epoch"] if "validations" in found else None,
             "cut short by its budget": "yes" if found.get("out_of_time") else "",
+        }  # fmt: skip
+
+
+def _trial_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
+    """Yield a row per trial of a croppable run."""
+    trials = (reproduction.found(cell) or {}).get("trials", ())
+    best = max((trial["mrr"] for trial in trials if trial["mrr"] is not None), default=None)
+    nothing: Row = {dim: None for trial in trials for dim in trial["mrr_by_dim"]}  # of trials that diverged
+    for trial in trials:
+        yield {
+            "data set": cell.dataset, "scorer": cell.scorer, "method": cell.method, "tried": trial["value"],
+            **{f"@{dim}": mrr for dim, mrr in {**nothing, **trial["mrr_by_dim"]}.items()}, "mean": trial["mrr"],
+            "taken": "yes" if trial["mrr"] == best else "",
         }  # fmt: skip
 
 
