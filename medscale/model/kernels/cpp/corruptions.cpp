@@ -16,8 +16,6 @@ constexpr int QUERIES = 4, TOGETHER = 2;
 constexpr i64 COLUMNS = 32;
 // sub-models whose loss is taken in one go
 constexpr i64 SUB_MODELS = 8;
-// numbers in a pair of vectors
-template <class T> constexpr i64 PAIR = 2 * WIDTH<T>;
 
 }  // namespace
 

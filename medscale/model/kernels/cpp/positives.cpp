@@ -19,8 +19,6 @@ template <class T> struct Positives {
 
 namespace {
 
-template <class T> constexpr i64 PAIR = 2 * WIDTH<T>;
-
 // Numbers of one positive, or sums, with room for whole vectors and for a neighbour at either end.
 template <class T> struct Row {
     std::vector<T> numbers;

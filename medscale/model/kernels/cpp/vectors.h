@@ -143,6 +143,8 @@ INLINE double largest(V<double> v) {
 template <class T> struct Pair {
     V<T> a, b;
 };
+// numbers in it
+template <class T> constexpr i64 PAIR = 2 * WIDTH<T>;
 #define IN_TURN(OPERATOR)                                                                                         \
     template <class T> INLINE Pair<T> operator OPERATOR(Pair<T> x, Pair<T> y) { return {x.a OPERATOR y.a, x.b OPERATOR y.b}; } \
     template <class T> INLINE Pair<T> operator OPERATOR(T x, Pair<T> y) { return {x OPERATOR y.a, x OPERATOR y.b}; }          \
