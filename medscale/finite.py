@@ -29,8 +29,10 @@ def require_finite_terms(step: int, share: Terms, terms: Terms, layout: Layout, 
         )
 
 
-def require_finite_gradients(step: int, gradients: Mapping[str, Tensor], layout: Layout, workers: Workers) -> None:
-    """Refuse gradients [..., columns] that are not finite on some worker; steps count from 1.
+def require_finite_gradients(
+    step: int, gradients: Mapping[str, Tensor], terms: Terms, layout: Layout, workers: Workers
+) -> None:
+    """Refuse gradients [..., columns] that are not finite on some worker, of finite `terms`; steps count from 1.
 
     Raises:
         NonFiniteError: on every worker; names the first broken table and sub-model, and the workers.
@@ -40,10 +42,10 @@ def require_finite_gradients(step: int, gradients: Mapping[str, Tensor], layout:
     where = next((_place(layout, name, column) for name, column in broken.items() if column is not None), None)
     ranks = workers.where(flag=where is not None)
     if ranks:
+        though = ", though the loss is" if terms.whole else ""
         raise NonFiniteError(
-            f"step {step}{_on(ranks, workers)}: the gradient of the {where or 'entities'} is not "
-            "finite, though the loss is. Nothing was updated; lower optimizer.lr, and run again to go on from the "
-            "last checkpoint"
+            f"step {step}{_on(ranks, workers)}: the gradient of the {where or 'entities'} is not finite{though}. "
+            "Nothing was updated; lower optimizer.lr or check med.form, and run again to go on from the last checkpoint"
         )
 
 

@@ -35,7 +35,7 @@ __all__ = ["Objective", "Terms"]
 
 @dataclass(frozen=True)
 class Terms:
-    """A step's loss, taken apart; of a step whose `losses` were not wanted, kernels give those of positives alone."""
+    """A step's loss, taken apart."""
 
     #: [m]: loss of each sub-model trained in this step on the true labels
     hard: Tensor
@@ -49,6 +49,8 @@ class Terms:
     barrier: Tensor
     #: what is minimised
     total: Tensor
+    #: whether the negatives' losses are in all that; if not, they may be missing
+    whole: bool = True
 
     def over(self, workers: Workers) -> "Terms":
         """Return the terms of all workers' shares together."""
@@ -57,7 +59,7 @@ class Terms:
         parts = [t.detach() for t in (self.hard, self.mutual, self.regularizer, self.barrier, self.total)]
         sums = workers.sum(torch.cat([part.reshape(-1) for part in parts])).split([part.numel() for part in parts])
         hard, mutual, regularizer, barrier, total = (s.view_as(p) for s, p in zip(sums, parts, strict=True))
-        return Terms(hard, self.dims, mutual, self.mutual_dims, regularizer, barrier, total)
+        return Terms(hard, self.dims, mutual, self.mutual_dims, regularizer, barrier, total, self.whole)
 
     def means(self) -> Mapping[str, float]:
         """Return one number per term, for logs."""
@@ -131,7 +133,7 @@ class Objective(torch.nn.Module):
         taught = [i for i, is_taught in enumerate(constants.taught) if is_taught]
         return Terms(
             hard_n[chosen], tuple(dims[i] for i in chosen), mutual_n[taught], tuple(dims[i] for i in taught), penalty,
-            barrier, total + penalty,
+            barrier, total + penalty, losses or self.kernels is None,
         )  # fmt: skip
 
     def _corruption_terms(

@@ -22,6 +22,7 @@ from medscale.extend import extended_job, tell_change
 from medscale.graph.reader import Graph
 from medscale.jobfile import load_job
 from medscale.logs import log
+from medscale.model.kernels.library import library
 from medscale.options import job_parser, run_command
 from medscale.plan import plan, require_fit, size_of
 from medscale.prepare import prepare
@@ -121,6 +122,8 @@ def _main(arguments: argparse.Namespace) -> int:
     # What the graph will hold can be known before it is built, so a job that cannot fit is refused first.
     size = size_of(job, arguments.graphs_dir, arguments.data_dir)
     require_fit(job, plan(job, size), arguments.runs_dir)
+    if job.runtime.workers == 1 and job.runtime.kernels == "auto" and choose_device(job.runtime).type == "cpu":
+        library()  # a missing compiler shows now, not after hours of preparing
     graph = prepare(job, data_root=arguments.data_dir, graphs_root=arguments.graphs_dir)
     run_directory = arguments.runs_dir / job.name
     outcome, signal_number = train(job, graph, run_directory, resume=arguments.resume)

@@ -241,8 +241,8 @@ class Trainer:
                     terms = self.train_step(batch)
                 trained += batch.num_triples
                 rate = trained / (time.monotonic() - clock)
-                losses = terms.means() if logged else losses
                 if logged or display.due():
+                    losses = terms.means() if terms.whole else losses
                     display.update(step, rate, losses)
                 if logged:
                     spent = self._spent(len(batch.entities_U), collectives)
@@ -267,7 +267,7 @@ class Trainer:
         return outcome
 
     def train_step(self, batch: CorruptionBatch | QueryBatch) -> Terms:
-        """Do one update; return the terms of all workers, whole in steps that are logged.
+        """Do one update; return the terms of all workers, whole in the first step and in those that are logged.
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite, on whichever worker; nothing was updated.
@@ -278,11 +278,11 @@ class Trainer:
         looked_up_UC = (self.encoder or self.table.rows)(batch.entities_U)
         # The update of the tables is fused into their backward pass, so the guard stands between the two halves.
         rows = self.objective.rows(looked_up_UC)
-        share: Terms = self.objective(batch, rows, self.relations, step, losses=self._logged(step + 1))
+        share: Terms = self.objective(batch, rows, self.relations, step, losses=step == 0 or self._logged(step + 1))
         terms = share.over(self.workers)
         require_finite_terms(step + 1, share, terms, self.layout, self.workers)
         share.total.backward()
-        require_finite_gradients(step + 1, self._summed_gradients(rows.gradient()), self.layout, self.workers)
+        require_finite_gradients(step + 1, self._summed_gradients(rows.gradient()), terms, self.layout, self.workers)
         looked_up_UC.backward(rows.gradient())
         self.optimizers.step_dense()
         self.objective.scaling.clamp()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from toy import SCORERS, toy_job
 
+from medscale.batches.corruption import CorruptionBatch
 from medscale.checkpoint import committed_steps, newest_checkpoint, open_tables, step_of
 from medscale.config import Job, OptimizerSection
 from medscale.distributed import process_group
@@ -278,3 +279,36 @@ def test_only_touched_rows_move_and_all_blocks_do(toy_graph: Graph, tmp_path: Pa
             moved = (one != other).any(1)
             assert not (moved & ~touched).any()
             assert moved.any()
+
+
+def test_a_run_does_not_depend_on_which_of_its_steps_are_logged(toy_graph: Graph, tmp_path: Path) -> None:
+    ends = []
+    for often in (1, 4):
+        job = toy_job("transe", train={"epochs": 2, "log_every": often})
+        with process_group(torch.device("cpu")):
+            trainer = Trainer(job, toy_graph, tmp_path, torch.device("cpu"))
+            trainer.initialise()
+            terms = [trainer.train_step(trainer.batches.batch(step)) for step in range(6)]
+            ends.append([trainer.table.all_rows().slice(0, 90).clone(), trainer.relations.detach().clone()])
+        # the first step is shown, others are logged
+        assert [t.whole for t in terms] == [step == 0 or (step + 1) % often == 0 for step in range(6)]
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_broken_negative_stops_a_step_that_is_not_logged(toy_graph: Graph, tmp_path: Path) -> None:
+    with process_group(torch.device("cpu")):
+        trainer = Trainer(toy_job("transe", train={"log_every": 50}), toy_graph, tmp_path, torch.device("cpu"))
+        trainer.initialise()
+        trainer.train_step(trainer.batches.batch(0))
+        batch = trainer.batches.batch(1)
+        assert isinstance(batch, CorruptionBatch)
+        positions = torch.cat([c.known_XP.flatten() for c in batch.corruptions])
+        positions = torch.cat([positions, *(c.target_XP.flatten() for c in batch.corruptions)])
+        negatives = batch.corruptions[0].candidates_XK.flatten()
+        row = batch.entities_U[negatives[~torch.isin(negatives, positions)][0]]
+        next(iter(trainer.table.all_rows().blocks))[row, 1] = torch.nan
+        before = trainer.table.all_rows().slice(0, 90).clone()
+        with pytest.raises(NonFiniteError, match=r"step 2: the gradient of the entities, first in .* is not finite\."):
+            trainer.train_step(batch)
+        torch.testing.assert_close(trainer.table.all_rows().slice(0, 90), before, equal_nan=True)

@@ -187,8 +187,8 @@ def broken(workers: Workers, job: Job, graph_directory: Path, run_directory: Pat
     if workers.rank == rank:
         forward = trainer.objective.forward
 
-        def break_it(batch: Any, rows: Any, *rest: Any) -> Any:
-            terms = forward(batch, rows, *rest)
+        def break_it(batch: Any, rows: Any, *rest: Any, **wanted: bool) -> Any:
+            terms = forward(batch, rows, *rest, **wanted)
             if where == "gradient":
                 rows.gathered_UC[0, 0] = float("nan")
                 return terms

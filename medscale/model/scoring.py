@@ -102,7 +102,7 @@ def _parts(interleaved: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _complex(interleaved: Tensor) -> Tensor:
-    """Take [..., 2 U] rows of (re, im) units for complex numbers [..., U]."""
+    """Take [..., 2 U] rows of (re, im) units for complex numbers [..., U]: float32 or float64, units side by side."""
     return torch.view_as_complex(interleaved.unflatten(-1, (-1, 2)))
 
 

@@ -37,13 +37,13 @@ def training() -> Iterator[str]:
         for threads in sorted({r["threads"] for r in records}):
             case = (scorer, sharing, threads)
             one, many, cut = (r for r in records if (r["scorer"], r["sharing"], r["threads"]) == case)
-            cells += [f"{one['triples_per_s']:,.0f}", f"{many['triples_per_s']:,.0f}"]
+            cells += [f"{1000 * r['batch'] / r['ms_per_step']:,.0f}" for r in (one, many)]
             cells += [f"{many['times_one']:.2f}", f"{cut['times_one']:.2f}"]
         one_core, two_cores = (
             next(r for r in records if (r["scorer"], r["sharing"], r["threads"], r["sub_models"], r["blocks"]) == case)
             for case in ((scorer, sharing, 1, 64, 1), (scorer, sharing, 2, 64, 1))
         )
-        cells.append(f"{two_cores['triples_per_s'] / one_core['triples_per_s']:.2f}")
+        cells.append(f"{one_core['ms_per_step'] / two_cores['ms_per_step']:.2f}")
         yield " | ".join(cells)
 
 
@@ -58,11 +58,29 @@ def parts() -> Iterator[str]:
         )
 
 
-def copies() -> str:
-    """Return what a copy moves on one core and on two, in words."""
+def bandwidth() -> str:
+    """Return what a copy moves on one core and on two, and FBGEMM's look-up and update, in words."""
     of = {n: [r["copy_gb_per_s"] for r in records_of("prefix_scoring") if r["threads"] == n] for n in (1, 2)}
     one, two = (statistics.median(figures) for figures in of.values())
-    return f"A copy moves {one:.0f} GB/s on one core and {two:.0f} on both."
+    r = next(r for r in records_of("training_step") if (r["scorer"], r["sharing"]) == ("transe", "fresh"))
+    moved = {"look-up": 2, "update": 3}  # rows read and written; gradients read too
+    gb_per_s = [
+        f"{times * 4 * r['rows_per_step'] * r['units'] * r['triples_per_s'] / r['batch'] / r['shares'][part] / 1e9:.0f}"
+        for part, times in moved.items()
+    ]
+    return (
+        f"A copy moves {one:.0f} GB/s on one core and {two:.0f} on both; for TransE with fresh negatives the look-up "
+        f"moves {gb_per_s[0]} GB/s on one core, and the update {gb_per_s[1]}."
+    )
+
+
+def compiled() -> Iterator[str]:
+    """Yield a row per scorer and way of sharing: the negatives' part of a step by kernels and by torch.compile."""
+    records = records_of("prefix_scoring_compile")
+    for scorer, sharing in dict.fromkeys((r["scorer"], r["sharing"]) for r in records):
+        of = {(r["system"], r["sub_models"]): r for r in records if (r["scorer"], r["sharing"]) == (scorer, sharing)}
+        numbers = [f"{of[system, n]['ms_per_step']:,.0f}" for system in ("kernel", "torch.compile") for n in (1, 64)]
+        yield " | ".join([f"`{scorer}`", SHARED[sharing], *numbers])
 
 
 def scoring() -> Iterator[str]:
@@ -98,12 +116,13 @@ def ranking() -> Iterator[str]:
 
 
 def softmax() -> Iterator[str]:
-    for r in records_of("softmax"):
-        if r["threads"] == 1:
-            number, total = r["sub_models_per_step"], r["sub_models"]
-            words = "one model, plain torch" if r["system"] == "gemm" else f"{number} sub-models"
-            words += f" of {total}" if total != number else ""
-            yield f"`{r['scorer']}` | {words} | {r['ms_per_step']:,.0f} | {r['times_one']:.2f}"
+    records = records_of("softmax")
+    for one, two in zip(*([r for r in records if r["threads"] == threads] for threads in (1, 2)), strict=True):
+        number, total = one["sub_models_per_step"], one["sub_models"]
+        words = "one model, plain torch" if one["system"] == "gemm" else f"{number} sub-model{'s' * (number > 1)}"
+        words += f" of {total}" if total != number else ""
+        figures = (f"{r['ms_per_step']:,.0f} | {r['times_one']:.2f}" for r in (one, two))
+        yield f"`{one['scorer']}` | {words} | {' | '.join(figures)}"
 
 
 def preparing() -> Iterator[str]:
@@ -246,15 +265,16 @@ def section() -> str:
         "each, on FB15k-237. `python tools/bench/NAME.py` measures anew what `tools/bench/results/NAME.json` holds.",
         "",
         "**Training** (`training_step`): triples/s of the whole step, look-up and update included, of one model of "
-        "640 units and of 64 sub-models (10, 20, ..., 640), and the time of a step of 64 over that of one; the same "
-        "with the table cut at 10 and 100, so that blocks can lie on several devices.",
+        "640 units and of 64 sub-models (10, 20, ..., 640), and the time of a step of 64 over that of one, all by "
+        "medians; the same with the table cut at 10 and 100, as tiers of those sizes cut it: three updates for each "
+        "row, whatever is trained.",
         "",
         *table(f"scorer | negatives | {sizes}", training()),
         "",
         "Where a step of 64 sub-models spends its time, in ms on one core / on two: waiting for its batch, looking "
         "rows up, the loss (queries, positives, autograd), the fused kernel of the negatives, guards, updates. Batches "
         "are drawn by another thread meanwhile, on the same cores. The kernel gains most by a second core; "
-        f"FBGEMM's look-up and update, which move rows through memory, gain next to nothing. {copies()}",
+        f"FBGEMM's look-up and update gain next to nothing, and so does TransE's loss. {bandwidth()}",
         "",
         *table("scorer | negatives | " + " | ".join(records_of("training_step")[0]["shares"]), parts()),
         "",
@@ -263,6 +283,11 @@ def section() -> str:
         "moves.",
         "",
         *table("scorer | negatives | one | 64 | one, torch | 64, torch | GB/s of 64 | of a copy", scoring()),
+        "",
+        "The same beside torch.compile, in a run of its own (`prefix_scoring_compile`: `prefix_scoring.py --systems "
+        "kernel torch.compile --sub-models 1 64 --threads 1`), on one core while the other did other work:",
+        "",
+        *table("scorer | negatives | one | 64 | one, compiled | 64, compiled", compiled()),
         "",
         f"**Beside PyKEEN** (`peers`), in the same run, {peer['threads']} core(s), {peer['seconds']:.0f} seconds "
         f"of training for each: triples/s, times PyKEEN's, and MRR on {peer['triples_ranked']:,} validation triples "
@@ -276,9 +301,11 @@ def section() -> str:
         "",
         *table("scorer | ranked | seconds | times one | MiB above the tables", ranking()),
         "",
-        "**Softmax over shared candidates** (`softmax`): 1,024 queries x 4,352 candidates, one core.",
+        "**Softmax over shared candidates** (`softmax`): 1,024 queries x 4,352 candidates. A sample of 8 out of 64 has "
+        "levels of 10 units, whose products of matrices are slow for their size, most of all where a unit is one "
+        "column (DistMult).",
         "",
-        *table("scorer | trained | ms per step | times one", softmax()),
+        *table("scorer | trained | ms, 1 core | times one | ms, 2 cores | times one", softmax()),
         "",
         f"**Preparing** (`prepare_scale`): {large['triples']:,} generated triples of {large['entities']:,} entities "
         f"with string names, {large['threads']} cores, `graph.memory_mib: {large['memory_mib']}`; seconds of the whole "

@@ -14,6 +14,7 @@ threads, pinned to as many cores. Each turn begins with a step that is not measu
 while the other size was trained. `triples_per_s` is over all steps measured, `ms_per_step` their median, and
 `times_one` that over the median with one sub-model. `shares` are each part's share of the time, from clocks around the
 trainer's own calls: `kernel` is the fused kernel of the negatives, `loss` the rest of the loss and its backward pass.
+`rows_per_step` are entities looked up.
 """
 
 import functools
@@ -98,7 +99,7 @@ class Loop:
         self.wait = clock.timed("batch", lambda: next(self.batches))
         self.parts = Counter(dict.fromkeys(PARTS, 0.0))
         self.times: list[float] = []
-        self.triples = 0
+        self.triples = self.rows = 0
 
     def run(self, steps: int) -> None:
         """Train one step, and then some on the clock."""
@@ -111,6 +112,7 @@ class Loop:
             self.trainer.train_step(batch)
             self.times.append(time.perf_counter() - start)
             self.triples += batch.num_triples
+            self.rows += len(batch.entities_U)
 
     def record(self) -> Record:
         layout, seconds = self.trainer.layout, sum(self.times)
@@ -118,6 +120,7 @@ class Loop:
             "sub_models": len(layout.dims), "blocks": len(layout.blocks), "units": layout.dims[-1],
             "triples_per_s": round(self.triples / seconds, 1),
             "ms_per_step": round(1000 * statistics.median(self.times), 3),
+            "rows_per_step": round(self.rows / len(self.times)),
             "shares": {part: round(own / seconds, 3) for part, own in self.parts.items()},
         }  # fmt: skip
 
