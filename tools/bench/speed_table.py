@@ -274,7 +274,7 @@ def section() -> str:
         "Where a step of 64 sub-models spends its time, in ms on one core / on two: waiting for its batch, looking "
         "rows up, the loss (queries, positives, autograd), the fused kernel of the negatives, guards, updates. Batches "
         "are drawn by another thread meanwhile, on the same cores. The kernel gains most by a second core; "
-        f"FBGEMM's look-up and update gain next to nothing, and the loss a third. {bandwidth()}",
+        f"FBGEMM's look-up and update gain next to nothing, and the loss less than the kernel. {bandwidth()}",
         "",
         *table("scorer | negatives | " + " | ".join(records_of("training_step")[0]["shares"]), parts()),
         "",
