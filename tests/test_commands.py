@@ -15,7 +15,7 @@ from toy import write_toy_graph
 from medscale import evaluate, plan, train
 from medscale.checkpoint import newest_checkpoint, open_tables
 from medscale.cli import main as medscale
-from medscale.errors import CapacityError, CheckpointError, ConfigError, GraphError
+from medscale.errors import CapacityError, CheckpointError, ConfigError, GraphError, UnsupportedError
 from medscale.jobfile import load_job
 from medscale.model.layout import layout_of
 from medscale.runtime import Tier
@@ -66,6 +66,15 @@ def test_train_runs_the_whole_job(place: Path) -> None:
     kinds = {json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()}
     assert kinds == {"train", "valid"}
     assert any((run / "tensorboard").iterdir())
+
+
+def test_a_missing_compiler_shows_before_the_graph_is_prepared(place: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "medscale.train", *options(place), "--graphs-dir", str(tmp_path / "graphs")]
+    environment = {**os.environ, "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == UnsupportedError.exit_code
+    assert "no-such-compiler" in done.stderr
+    assert not (tmp_path / "graphs").exists()
 
 
 def test_evaluation_files_hold_every_dim_protocol_and_side(place: Path) -> None:
