@@ -302,7 +302,7 @@ class TrainSection:
     )
     watch_dim: int | None = key(None, "dim whose validation MRR decides; default: the mean over all", minimum=1)
     log_every: int = key(
-        50, "steps between lines of metrics.jsonl; losses of negatives are taken in those steps alone", minimum=1
+        50, "steps between lines of metrics.jsonl; binary losses of negatives may be left out in between", minimum=1
     )
 
 

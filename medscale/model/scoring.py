@@ -98,7 +98,7 @@ def _parts(interleaved: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-# Complex numbers multiply in one pass over memory, ten times faster than their parts do.
+# Complex numbers multiply in one pass over memory, several times faster than their parts do.
 
 
 def _complex(interleaved: Tensor) -> Tensor:

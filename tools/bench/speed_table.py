@@ -289,7 +289,8 @@ def section() -> str:
         "",
         *table("scorer | negatives | one | 64 | one, compiled | 64, compiled", compiled()),
         "",
-        f"**Beside PyKEEN** (`peers`), in the same run, {peer['threads']} core(s), {peer['seconds']:.0f} seconds "
+        f"**Beside PyKEEN** (`peers`), in the same run, {peer['threads']} core(s) while the other did "
+        f"other work, {peer['seconds']:.0f} seconds "
         f"of training for each: triples/s, times PyKEEN's, and MRR on {peer['triples_ranked']:,} validation triples "
         "(filtered, both sides, realistic ranks for ties, all entities) at 10, 100 and 640 units; for each the best of "
         f"the learning rates tried ({', '.join(rates)}). This is early in training: what counts is where each has got "
