@@ -254,6 +254,12 @@ class MedSection:
         "positive", "negatives' weights sum to 1 for each positive, or over the batch (paper)"
     )
     dynamic_weight: bool = key(True, "dynamic loss weight exp(w3 d_i / d_n); false: 1 for every sub-model")
+    balance: float | None = key(
+        None,
+        "all losses of sub-model i count (d_1 / d_i)^balance: what is shared by many larger sub-models then serves the "
+        "smaller ones too, as if their sizes grew by factors; default: 1 for products with loss.kind bce, else 0",
+        minimum=0,
+    )
     w1: float = key(1.0, "sharpness of the positives' weights", above=0)
     w2: float = key(1.0, "sharpness of the negatives' weights", above=0)
     w3: float = key(1.0, "growth of the dynamic loss weight", above=0)
@@ -499,6 +505,13 @@ class Job:
         return self.graph.name or self.name
 
     @property
+    def balance(self) -> float:
+        """How fast losses of larger sub-models lose weight: what `med.balance` says, or suits the loss."""
+        if self.med.balance is not None:
+            return self.med.balance
+        return float(self.loss.kind == "bce" and self.model.scorer not in DISTANCES)
+
+    @property
     def freezes(self) -> bool:
         """Whether the rows of the run that this one grows out of stay as they are."""
         return self.extend.run is not None and self.extend.rows == "frozen"
@@ -525,7 +538,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "med": {
             "mutual": "both", "evolution": "previous", "form": "paper", "normalize": "batch",
-            "dynamic_weight": True, "weights": "learnable",
+            "dynamic_weight": True, "balance": 0.0, "weights": "learnable",
         },
         "optimizer": {"schedule": "linear"},
         "train": {"batch_size": 1024},

@@ -1,6 +1,6 @@
 """The loss of a step: rows in, every sub-model's loss out (equation 6).
 
-    L = sum_i mutual(i-1, i) + sum_i exp(w3 d_i / d_n) hard_i + regularizer + barrier
+    L = sum_i b_i (mutual(i-1, i) + exp(w3 d_i / d_n) hard_i) + regularizer + barrier,  b_i = (d_1 / d_i)^balance
 
 One path for binary losses over corruptions, one for softmax over candidates; both score all sub-models in one
 pass and share the terms.
@@ -19,7 +19,7 @@ from medscale.batches.queries import QueryBatch
 from medscale.config import Job, uses_neighbours
 from medscale.loss.bce import logits_of
 from medscale.loss.fused import Kernels
-from medscale.loss.med import ScalingParameters, dynamic_weights, mutual_divergence, positive_weights
+from medscale.loss.med import ScalingParameters, dynamic_weights, mutual_divergence, positive_weights, size_balance
 from medscale.loss.negatives import BinaryConstants, negative_losses
 from medscale.loss.positives import positive_losses
 from medscale.loss.regularizer import column_strengths, row_penalties
@@ -115,17 +115,18 @@ class Objective(torch.nn.Module):
         """Binary cross-entropy; neighbours are those of the full list, since the one pass gives them for free."""
         chosen = self._chosen(step)
         constants = self._binary_constants(chosen, step)
-        weights_n = self._loss_weights()
-        trained = set(chosen)
-        weights_n = weights_n * torch.tensor([float(i in trained) for i in range(len(weights_n))]).to(weights_n)
+        hard_weights_n, mutual_weights_n = self._loss_weights(step)
+        is_trained_n = torch.zeros_like(hard_weights_n)
+        is_trained_n[chosen] = 1
+        hard_weights_n = is_trained_n * hard_weights_n
         num_positives = sum(c.total_positives for c in batch.corruptions)
         barrier = self.scaling.barrier() / self.workers.size
-        total, penalty = barrier, weights_n.new_zeros(())
-        hard_n, mutual_n = torch.zeros_like(weights_n), torch.zeros_like(weights_n)
+        total, penalty = barrier, hard_weights_n.new_zeros(())
+        hard_n, mutual_n = torch.zeros_like(hard_weights_n), torch.zeros_like(hard_weights_n)
         for corruption in batch.corruptions:
             share = corruption.total_positives / num_positives
             loss, *parts = self._corruption_terms(
-                corruption, constants, rows, relations_RC, share, weights_n, self._mutual_weight(step), losses=losses
+                corruption, constants, rows, relations_RC, share, hard_weights_n, mutual_weights_n, losses=losses
             )
             total = total + loss
             hard_n, mutual_n, penalty = (a + share * b for a, b in zip((hard_n, mutual_n, penalty), parts, strict=True))
@@ -138,7 +139,7 @@ class Objective(torch.nn.Module):
 
     def _corruption_terms(
         self, c: Corruption, constants: BinaryConstants, rows: Rows, relations_RC: Tensor, share: float,
-        weights_n: Tensor, mutual_weight: float, *, losses: bool,
+        hard_weights_n: Tensor, mutual_weights_n: Tensor, *, losses: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Return one corruption's share of the loss, and its (hard [n], mutual [n], penalty)."""
         scorer, med = self.layout.scorer, self.job.med
@@ -156,10 +157,7 @@ class Objective(torch.nn.Module):
         count = c.total_positives * (1 + c.candidates_XK.shape[1])
         if med.normalize == "batch":
             part = 1.0  # their weights are a softmax over all workers' negatives already
-        hard_weights_n, mutual_weights_n = (
-            share * weights_n,
-            torch.full_like(weights_n, share * mutual_weight / count),
-        )
+        hard_weights_n, mutual_weights_n = share * hard_weights_n, share / count * mutual_weights_n
         if self.kernels is None:
             positive_nR = scan.pair_scores(query_RC, target_RC, scale_RC)
             hard_n, mutual_n = positive_losses(constants, w1, positive_nR, self.workers)
@@ -209,8 +207,9 @@ class Objective(torch.nn.Module):
         penalty = self._penalty(rows.values_UC, relations_RC, known, relation, targets.candidate_T)
         penalty = len(known) / batch.total_targets * penalty
         barrier = self.scaling.barrier() / self.workers.size
-        weight = self._mutual_weight(step)
-        total = (self._loss_weights()[chosen] * hard).sum() + weight * mutual.sum() + penalty + barrier
+        hard_weights_n, mutual_weights_n = self._loss_weights(step)
+        of_taught = [i for i, is_taught in zip(chosen, taught, strict=True) if is_taught]
+        total = (hard_weights_n[chosen] * hard).sum() + (mutual_weights_n[of_taught] * mutual).sum() + penalty + barrier
         taught_dims = tuple(dim for dim, is_taught in zip(scan.dims, taught, strict=True) if is_taught)
         return Terms(hard, scan.dims, mutual, taught_dims, penalty, barrier, total)
 
@@ -273,15 +272,14 @@ class Objective(torch.nn.Module):
 
     # -- both ---------------------------------------------------------------------------------------------
 
-    def _loss_weights(self) -> Tensor:
-        """Return the weight [n] of every sub-model's own loss (equation 6)."""
-        sizes = torch.tensor(self.layout.dims, dtype=self.strengths.dtype, device=self.device)
-        return dynamic_weights(sizes, self.scaling()[2]) if self.job.med.dynamic_weight else torch.ones_like(sizes)
-
-    def _mutual_weight(self, step: int) -> float:
-        """Return the factor of mutual learning in a step (0-based)."""
+    def _loss_weights(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return weights [n] in a step (0-based): of own losses (equation 6), and of mutual ones, by the larger one."""
         med = self.job.med
-        return med.mutual_weight * (min(1.0, (step + 1) / med.mutual_warmup_steps) if med.mutual_warmup_steps else 1.0)
+        sizes = torch.tensor(self.layout.dims, dtype=self.strengths.dtype, device=self.device)
+        balance = size_balance(sizes, self.job.balance)
+        hard_n = balance * dynamic_weights(sizes, self.scaling()[2]) if med.dynamic_weight else balance
+        risen = min(1.0, (step + 1) / med.mutual_warmup_steps) if med.mutual_warmup_steps else 1.0
+        return hard_n, med.mutual_weight * risen * torch.cat([balance[:1], balance[:-1]])  # the smaller one is taught
 
     def _row_penalties(self, known: Tensor, relation: Tensor, target: Tensor) -> Tensor:
         """Return the regularizer of triples, given their rows: mean over triples."""

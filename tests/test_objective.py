@@ -162,9 +162,11 @@ def plain_binary_loss(job: Job, layout: Layout, batch: CorruptionBatch, rows: Te
                         size = size * right(i, key, s)
                     mutual[i] = mutual[i] + share * size / len(everything)
     # of the first step
-    loss = sum(mutual[1:]) * med.mutual_weight / max(1, med.mutual_warmup_steps)
+    balance = [(dims[0] / dim) ** job.balance for dim in dims]
+    mutual_weight = med.mutual_weight / max(1, med.mutual_warmup_steps)
+    loss = mutual_weight * sum(balance[i - 1] * mutual[i] for i in range(1, n))
     for i in range(n):
-        loss = loss + (math.exp(med.w3 * dims[i] / dims[-1]) if med.dynamic_weight else 1) * hard[i]
+        loss = loss + balance[i] * (math.exp(med.w3 * dims[i] / dims[-1]) if med.dynamic_weight else 1) * hard[i]
     return loss  # type: ignore[return-value]
 
 
@@ -173,7 +175,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"evolution": "previous"},
     {"evolution": "previous", "normalize": "batch", "mutual": "both", "w1": 0.7, "w2": 0.4, "w3": 1.5},
     {"evolution": "off", "mutual": "off", "dynamic_weight": False},
-    {"mutual_loss": "kl", "mutual_warmup_steps": 4},
+    {"mutual_loss": "kl", "mutual_warmup_steps": 4, "balance": 0.5},
     {"mutual_loss": "kl", "labels": "evaluated", "mutual": "both"},
     {"labels": "evaluated", "mutual_weight": 0.3},
 ]
@@ -210,7 +212,8 @@ def test_softmax_losses_equal_single_triples_written_out(
     toy_graph: Graph, scorer: str, evolution: str, damping: tuple[float, ...], reciprocal: bool, kernels: str
 ) -> None:
     job = toy_job(
-        scorer, med={"evolution": evolution, "mutual": "both"}, runtime={"kernels": kernels}, train={"batch_size": 5},
+        scorer, med={"evolution": evolution, "mutual": "both", "balance": 0.5 if reciprocal else None},
+        runtime={"kernels": kernels}, train={"batch_size": 5},
         model={"dims": (2, 4, 5), "damping": damping, "reciprocal": reciprocal},
         loss={"kind": "softmax", "regularizer": "n3", "regularizer_weights": (0.1, 0.2, 0.3)},
         negatives={"kind": "shared"},
@@ -238,11 +241,12 @@ def test_softmax_losses_equal_single_triples_written_out(
         if evolution == "own" or (evolution == "previous" and i > 0):
             evidence = log_nT[i if evolution == "own" else i - 1].detach().exp()
             weights = torch.softmax(1 - evidence, 0)
-        plain = plain - math.exp(dim / layout.dims[-1]) * (weights * log_nT[i]).sum()
+        balance = [(layout.dims[0] / dim) ** (0.5 if reciprocal else 0) for dim in layout.dims]
+        plain = plain - balance[i] * math.exp(dim / layout.dims[-1]) * (weights * log_nT[i]).sum()
         if i:
             small, large = log_nQM[i - 1], log_nQM[i]
             one = (large.detach().exp() * (large.detach() - small)).sum(1).mean()
-            plain = plain + one + (small.detach().exp() * (small.detach() - large)).sum(1).mean()
+            plain = plain + balance[i - 1] * (one + (small.detach().exp() * (small.detach() - large)).sum(1).mean())
     strength = torch.tensor([0.1, 0.1, 0.2, 0.2, 0.3], dtype=torch.float64)
     for t in range(len(batch.targets.query_T)):
         q = batch.targets.query_T[t]

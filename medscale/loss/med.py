@@ -1,4 +1,4 @@
-"""MED: mutual learning (equation 2), evolutionary improvement (3-5), dynamic loss weight (6).
+"""MED: mutual learning (equation 2), evolutionary improvement (3-5), dynamic loss weight (6), balance of sizes.
 
 All functions take scores or logits sub-model first, smallest sub-model first. The paper leaves several things
 open, and its letter is fragile; what is done instead, and why, stands with each function.
@@ -20,6 +20,7 @@ __all__ = [
     "mutual_huber",
     "negative_weights",
     "positive_weights",
+    "size_balance",
 ]
 
 _FAR = -1e30
@@ -119,6 +120,16 @@ def mutual_divergence(log_small_QM: Tensor, log_large_QM: Tensor, *, both: bool)
 def dynamic_weights(dims: Tensor, w3: Tensor) -> Tensor:
     """Return exp(w3 d_i / d_n), the weight [n] of each sub-model's own loss (equation 6)."""
     return torch.exp(w3 * dims / dims[-1])
+
+
+def size_balance(dims: Tensor, exponent: float) -> Tensor:
+    """Return (d_1 / d_i)^exponent, the weight [n] of all losses of each sub-model; not in the paper.
+
+    With 64 sizes in even steps, 63 of 64 losses pull the smallest sub-model's columns where larger ones want them. By
+    exponent 1 the sum over sizes is the same for every octave of them, so that each column serves them evenly. Columns
+    that only large sub-models have lose nothing, under optimizers that divide by the size of the gradient.
+    """
+    return (dims[0] / dims) ** exponent
 
 
 def _softmax(exponent_nB: Tensor, workers: Workers) -> Tensor:

@@ -41,8 +41,10 @@ COMPACT: Mapping[str, Mapping[str, tuple[int, str]]] = {
 _ENCODER_RATES = (0.003, 0.01, 0.03, 0.1)
 #: sub-models by the name that a run has in table 8; the paper does not say which 16
 SUB_MODELS = {"MED": SIXTY_FOUR, "MED n=16": (10, *range(40, 561, 40), 640), "MED n=4": DIMS}
+#: the balance of sizes is not the paper's, and products' alone
 ABLATIONS = {
     "MED w/o MLM": ", mutual: off", "MED w/o EIM": ", evolution: off", "MED w/o DLW": ", dynamic_weight: false",
+    "MED w/o balance": ", balance: 0.0",
 }  # fmt: skip
 
 #: the shipped jobs that are strong at every dim (softmax over products, N3, damped nesting): a scorer of their own
