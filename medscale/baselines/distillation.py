@@ -8,11 +8,14 @@ the paper calls mutual learning carries the soft labels. Each method is a few ke
     ta       Mirzadeh et al., 2020: bkd from the teacher to an assistant of medium size, and from that to the student
     dualde   Zhu et al., 2022: a triple's soft label counts as far as the teacher is right about it, its hard label for
              the rest; in a second stage the teacher learns too, from the labels and the student. Simplified: soft
-             labels are scores alone (Huber's loss of logits), without the differences of angles and lengths of
-             embeddings; the sharpness of the evaluation is 1
+             labels are scores alone, without the differences of angles and lengths of embeddings; the sharpness of
+             the evaluation is 1
     iterde   Liu et al., 2023: each model's student has half its units, and teaches the next one; the soft labels'
              weight rises from 0. Simplified: soft labels are scores alone; the weight rises linearly over a part of the
              training
+
+All compare probabilities as bkd does, where DualDE and IterDE say Huber's loss of scores: that never stops pulling at
+easy negatives, whose logits no small model reaches, and students of it learned next to nothing.
 
 A student's loss on labels, its negatives and its optimizer are those of direct training.
 """
@@ -32,8 +35,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 _KEYS: Mapping[Method, Mapping[str, object]] = {
     "bkd": {"mutual": "one_way", "mutual_loss": "kl"},
     "ta": {"mutual": "one_way", "mutual_loss": "kl"},
-    "dualde": {"mutual": "both", "mutual_loss": "huber", "labels": "evaluated"},
-    "iterde": {"mutual": "one_way", "mutual_loss": "huber"},
+    "dualde": {"mutual": "both", "mutual_loss": "kl", "labels": "evaluated"},
+    "iterde": {"mutual": "one_way", "mutual_loss": "kl"},
 }
 
 

@@ -97,11 +97,10 @@ class Reproduction:
             return student(method, direct, name, teacher, teacher_dim, stage_steps=round(STAGE * steps))
 
         if method == "iterde":
-            # All models of the chain share the epochs of one; those between take the teacher's own learning rate.
-            between = chain(cell.dim, teacher_dim)[1:-1]
-            epochs, multiple = max(1, epochs // (len(between) + 1)), self._multiple(cell.teacher)
-            for dim in between:
-                job = job_of(epochs, dim, f"{cell.name}_over_{dim}")
+            # Those between have half the epochs, and the teacher's own learning rate.
+            multiple = self._multiple(cell.teacher)
+            for dim in chain(cell.dim, teacher_dim)[1:-1]:
+                job = job_of(max(1, epochs // 2), dim, f"{cell.name}_over_{dim}")
                 _, seconds, _ = self._trained(with_values(job, rate_of(job, multiple), job.name), self.budget)
                 earlier, teacher, teacher_dim = earlier + seconds, job.name, dim
         elif method == "ta":
