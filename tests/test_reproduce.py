@@ -102,6 +102,11 @@ def test_students_times_and_retention(place: Path) -> None:
     shown = {(row["method"], row["dim"]) for row in rows_of(out / "table3.csv")}
     assert {("BKD", "10"), ("TA", "10"), ("DualDE", "10"), ("IterDE", "10"), ("MED", "640"), ("DT", "40")} <= shown
     assert (out / "table3_curves.png").exists()
+    gaps = rows_of(out / "table3_gaps.csv")
+    assert [gap["dim"] for gap in gaps] == ["10", "40", "160", "640"]
+    for gap in gaps:
+        assert float(gap["MED at this dim"]) >= float(gap["MED as taken"])
+        assert float(gap["difference"]) == pytest.approx(float(gap["MED"]) - float(gap["DT"]), abs=2e-4)
 
     reproduce(place, "table7", "--only-report")
     times = {row["method"]: row for row in rows_of(out / "table7.csv")}

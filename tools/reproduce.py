@@ -21,8 +21,8 @@ validation MRR, and is then trained anew with the best for `--epochs`, or as man
 `--budget` minutes of processor time (20: ten minutes of two cores), and then says so; learning rates fall linearly to 0
 over trials and models alike. The step that was best on validation is ranked on the whole test split: filtered, both
 sides, realistic ranks for ties, all entities. MED is tuned once for all its dims, by the mean of those shown, each
-other model for its own. Students have the epochs of one model beside their teacher's; so has TA's assistant, and the models
-between a student of IterDE and its teacher have half of them each.
+other model for its own. Students have the epochs of one model beside their teacher's; so has TA's assistant, and the
+models between a student of IterDE and its teacher have half of them each.
 """
 
 import argparse

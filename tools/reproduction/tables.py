@@ -109,6 +109,15 @@ def quality(
         report.say(f"Not trained yet: {', '.join(missing)}.")
     if not rows:
         return
+    gaps = [row for cell in cells if cell.method == "DT" for row in _gap_rows(reproduction, cell)]
+    if gaps:
+        report.say(
+            "One croppable run beside a model of each dim alone, and where differences come from: validation MRR of "
+            "the best trial of DT, of MED's best trial at this very dim (less by what sharing columns costs), and of "
+            "the trial that was taken for all dims (less by what sharing its learning rate costs); and the epochs that "
+            "both had."
+        )
+        report.table(gaps, suffix="_gaps")
     trials = [row for cell in cells if cell.dim is None for row in _trial_rows(reproduction, cell)]
     if trials:
         report.say(
@@ -151,6 +160,25 @@ def _quality_rows(
             "epochs": found["validations"][-1]["epoch"] if "validations" in found else None,
             "cut short by its budget": "yes" if found.get("out_of_time") else "",
         }  # fmt: skip
+
+
+def _gap_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
+    """Yield a row of a directly trained model and the croppable one of its data set and scorer."""
+    direct, whole = reproduction.found(cell), reproduction.found(Cell(cell.dataset, cell.scorer, "MED", None))
+    if direct is None or whole is None:
+        return
+    mrr_of = {record["dim"]: record["mrr"] for record in whole["records"]}
+    judged = [trial for trial in whole["trials"] if trial["mrr"] is not None]
+    at_dim = {trial["mrr"]: trial["mrr_by_dim"].get(str(cell.dim)) for trial in judged}
+    alone = direct["records"][0]["mrr"]
+    yield {
+        "data set": cell.dataset, "scorer": cell.scorer, "dim": cell.dim, "MED": mrr_of[cell.dim], "DT": alone,
+        "difference": mrr_of[cell.dim] - alone,
+        "trials: DT": max(trial["mrr"] for trial in direct["trials"] if trial["mrr"] is not None),
+        "MED at this dim": max(mrr for mrr in at_dim.values() if mrr is not None),
+        "MED as taken": at_dim[max(at_dim)],
+        "epochs of MED": whole["validations"][-1]["epoch"], "of DT": direct["validations"][-1]["epoch"],
+    }  # fmt: skip
 
 
 def _trial_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
