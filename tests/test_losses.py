@@ -18,6 +18,7 @@ from medscale.loss.med import (
     mutual_huber,
     negative_weights,
     positive_weights,
+    size_balance,
 )
 from medscale.loss.negatives import BinaryConstants, negative_losses
 from medscale.loss.positives import positive_losses, positive_terms
@@ -155,6 +156,16 @@ def test_mutual_divergence_is_kl_and_spares_the_teacher() -> None:
 def test_dynamic_weights_are_equation_6() -> None:
     weights = dynamic_weights(torch.tensor([10.0, 100.0, 500.0]), torch.tensor(2.0))
     torch.testing.assert_close(weights, torch.tensor([math.exp(0.04), math.exp(0.4), math.exp(2.0)]))
+
+
+def test_balance_falls_with_size_and_is_for_products_with_binary_losses() -> None:
+    weights = size_balance(torch.tensor([10.0, 20.0, 640.0]), 1.0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 1 / 2, 1 / 64]))
+    assert torch.equal(size_balance(torch.tensor([10.0, 640.0]), 0.0), torch.ones(2))
+    of_scorers = {scorer: toy_job(scorer, loss={"kind": "bce"}).balance for scorer in ("simple", "complex", "transe")}
+    assert of_scorers == {"simple": 1, "complex": 1, "transe": 0}
+    assert toy_job("complex", loss={"kind": "softmax"}, negatives={"kind": "shared"}).balance == 0
+    assert toy_job("simple", loss={"kind": "bce"}, med={"balance": 0.5}).balance == 0.5
 
 
 def test_learnable_scaling_parameters_stay_positive_under_the_barrier() -> None:

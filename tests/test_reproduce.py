@@ -108,6 +108,10 @@ def test_students_times_and_retention(place: Path) -> None:
         assert float(gap["MED at this dim"]) >= float(gap["MED as taken"])
         assert float(gap["difference"]) == pytest.approx(float(gap["MED"]) - float(gap["DT"]), abs=2e-4)
 
+    # trials keep the dims that tables show by default, and others have no part in the choice
+    reproduce(place, "table3", "--methods", "DT", "--dims", "20")
+    assert [(gap["dim"], gap["MED at this dim"]) for gap in rows_of(out / "table3_gaps.csv")] == [("20", "")]
+
     reproduce(place, "table7", "--only-report")
     times = {row["method"]: row for row in rows_of(out / "table7.csv")}
     assert set(times) == {"DT", "Ext", "BKD", "TA", "DualDE", "IterDE", "MED"}

@@ -15,7 +15,7 @@ the paper calls mutual learning carries the soft labels. Each method is a few ke
              training
 
 All compare probabilities as bkd does, where DualDE and IterDE say Huber's loss of scores: that never stops pulling at
-easy negatives, whose logits no small model reaches, and students of it learned next to nothing.
+easy negatives, whose logits no small model reaches, and outweighs the loss on the labels.
 
 A student's loss on labels, its negatives and its optimizer are those of direct training.
 """

@@ -175,7 +175,7 @@ def _gap_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
         "data set": cell.dataset, "scorer": cell.scorer, "dim": cell.dim, "MED": mrr_of[cell.dim], "DT": alone,
         "difference": mrr_of[cell.dim] - alone,
         "trials: DT": max(trial["mrr"] for trial in direct["trials"] if trial["mrr"] is not None),
-        "MED at this dim": max(mrr for mrr in at_dim.values() if mrr is not None),
+        "MED at this dim": max((mrr for mrr in at_dim.values() if mrr is not None), default=None),
         "MED as taken": at_dim[max(at_dim)],
         "epochs of MED": whole["validations"][-1]["epoch"], "of DT": direct["validations"][-1]["epoch"],
     }  # fmt: skip
