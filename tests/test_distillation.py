@@ -200,8 +200,7 @@ def test_methods_are_jobs_whose_student_is_the_direct_model(method: Method, toy_
     assert parse_job(dump_job(job), "job") == job
     assert (job.model.dims, job.distill.teacher, job.train.watch_dim) == ((3, 15), "teacher", 3)
     assert [job.keeps_teacher(step) for step in (0, 8, 9)] == [True, True, method != "dualde"]
-    # soft labels of a positive and its negatives are summed, but where the teacher learns from them as well
-    assert job.med.mutual_weight == (10 if method == "dualde" else 1 + job.negatives.number)
+    assert job.med.mutual_weight == 1 + job.negatives.number, "soft labels of a positive and its negatives are summed"
     layout = layout_of(job.model, toy_graph.num_entities, toy_graph.num_relations)
     logits = logits_of(job.loss, layout.dims, is_distance=True, device=CPU)
     # z = 7 - distance in its own units; the largest model's own margin and units

@@ -39,7 +39,7 @@ from reproduction.cells import (
     LESSONS,
     SHOWN,
     SIXTY_FOUR,
-    STAGE,
+    STAGES,
     Cell,
     mean_mrr,
     rate_of,
@@ -94,7 +94,8 @@ class Reproduction:
         def job_of(epochs: int, dim: int = cell.dim, name: str = cell.name) -> Job:
             direct = cell.job(epochs, dim)
             steps = epochs * -(-self._graph(direct).num_triples["train"] // direct.train.batch_size)
-            return student(method, direct, name, teacher, teacher_dim, stage_steps=round(STAGE * steps))
+            stage = STAGES.get(method, 0)
+            return student(method, direct, name, teacher, teacher_dim, stage_steps=round(stage * steps))
 
         if method == "iterde":
             # Those between have half the epochs, and the teacher's own learning rate.
