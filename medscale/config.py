@@ -256,8 +256,8 @@ class MedSection:
     dynamic_weight: bool = key(True, "dynamic loss weight exp(w3 d_i / d_n); false: 1 for every sub-model")
     balance: float | None = key(
         None,
-        "all losses of sub-model i count (d_1 / d_i)^balance: what is shared by many larger sub-models then serves the "
-        "smaller ones too, as if their sizes grew by factors; default: 1 for products with loss.kind bce, else 0",
+        "all losses of sub-model i count (d_1 / d_i)^balance, so that the many larger sub-models do not outweigh the "
+        "smaller ones on the columns they share; default: 2 for products with loss.kind bce, else 0",
         minimum=0,
     )
     w1: float = key(1.0, "sharpness of the positives' weights", above=0)
@@ -509,7 +509,7 @@ class Job:
         """How fast losses of larger sub-models lose weight: what `med.balance` says, or suits the loss."""
         if self.med.balance is not None:
             return self.med.balance
-        return float(self.loss.kind == "bce" and self.model.scorer not in DISTANCES)
+        return 2.0 if self.loss.kind == "bce" and self.model.scorer not in DISTANCES else 0.0
 
     @property
     def freezes(self) -> bool:

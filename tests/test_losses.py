@@ -161,9 +161,10 @@ def test_dynamic_weights_are_equation_6() -> None:
 def test_balance_falls_with_size_and_is_for_products_with_binary_losses() -> None:
     weights = size_balance(torch.tensor([10.0, 20.0, 640.0]), 1.0)
     torch.testing.assert_close(weights, torch.tensor([1.0, 1 / 2, 1 / 64]))
+    assert size_balance(torch.arange(10.0, 641, 10), 2.0).sum() < 2, "all others weigh less than the smallest"
     assert torch.equal(size_balance(torch.tensor([10.0, 640.0]), 0.0), torch.ones(2))
     of_scorers = {scorer: toy_job(scorer, loss={"kind": "bce"}).balance for scorer in ("simple", "complex", "transe")}
-    assert of_scorers == {"simple": 1, "complex": 1, "transe": 0}
+    assert of_scorers == {"simple": 2, "complex": 2, "transe": 0}
     assert toy_job("complex", loss={"kind": "softmax"}, negatives={"kind": "shared"}).balance == 0
     assert toy_job("simple", loss={"kind": "bce"}, med={"balance": 0.5}).balance == 0.5
 
