@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from medscale.checkpoint import Checkpoint, Tables, changed_keys
-from medscale.config import Job
+from medscale.config import Job, LossSection
 from medscale.errors import CheckpointError
 from medscale.graph.reader import Graph
 from medscale.jobfile import job_to_mapping
+from medscale.loss.bce import logits_of
 from medscale.manifest import MANIFEST
 from medscale.storage import sha256_of
 
-__all__ = ["lesson_of", "lineage_of", "old_sizes", "require_same_model"]
+__all__ = ["lesson_of", "lineage_of", "old_sizes", "require_same_model", "teachers_unit"]
 
 
 def lineage_of(job: Job, graph: Graph, parent: Checkpoint) -> Mapping[str, Any]:
@@ -96,3 +99,20 @@ def lesson_of(job: Job, graph: Graph, teacher: Tables) -> Mapping[str, Any]:
         "dim": dim,
         "checkpoint_sha256": sha256_of(checkpoint.directory / MANIFEST),
     }
+
+
+def teachers_unit(job: Job, teacher: Tables) -> float:
+    """Return what multiplies a teacher's columns, so that its distances mean in the job what they do in its run.
+
+    A sub-model has its share of its run's margin, and columns to match; as the job's last level it has the job's whole
+    margin: without this a teacher that is a prefix, or was a student itself, would find every triple true. 1 for
+    products.
+    """
+    if not teacher.layout.scorer.is_distance:
+        return 1.0
+    theirs, dims = teacher.facts["job"]["loss"], teacher.layout.dims
+    section = LossSection(**{key: theirs[key] for key in ("margin", "margin_scaling", "temperature")})
+    own = logits_of(section, dims, is_distance=True, device=torch.device("cpu"))
+    level = dims.index(job.distill.dim or dims[-1])
+    # the job's last level has its whole margin, and temperature 1
+    return job.loss.margin / own.margins[level].item() if section.margin else own.temperatures[level].item()

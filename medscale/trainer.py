@@ -50,7 +50,7 @@ from medscale.finite import require_finite_gradients, require_finite_terms
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
 from medscale.jobfile import dump_job, job_to_mapping
-from medscale.lineage import lesson_of, lineage_of, old_sizes
+from medscale.lineage import lesson_of, lineage_of, old_sizes, teachers_unit
 from medscale.logs import log
 from medscale.metrics import Display, RunLog, training_display
 from medscale.model.embedding import EntityTable, initial_relations
@@ -152,19 +152,25 @@ class Trainer:
     def seat(self, teacher: Tables) -> None:
         """Take over the rows of the run that teaches as the last level's columns; the student's stay as drawn.
 
+        Distances come in the job's units. (Relations move columns by as much in TransE, and turn or stretch them else.)
+
         Raises:
             CheckpointError: its model does not fit beside the student, or is of another graph.
 
         """
         self.lineage = lesson_of(self.job, self.graph, teacher)
         start, relation_start = self._first_of_teacher()
-        self.table.fill(start, teacher.entity_columns)
+        unit = teachers_unit(self.job, teacher)
+        relation_unit = unit if self.layout.scorer.name == "transe" else 1.0
+        self.table.fill(start, lambda *part: unit * teacher.entity_columns(*part))
         number = self.relations.shape[1] - relation_start
-        self.relations.data[:, relation_start:] = teacher.relation_table[:, :number]
+        self.relations.data[:, relation_start:] = relation_unit * teacher.relation_table[:, :number]
         if self.job.distill.learns_after is not None:
-            # It goes on at the pace that it had come to; without its state it would leap away.
-            self.table.fill_state(start, teacher.row_state)
-            self.optimizers.dense_state()["sum"][:, relation_start:] = teacher.relation_state()[:, :number]
+            # It goes on at the pace that it had come to; without its state it would leap away. Its gradients by larger
+            # columns are smaller.
+            self.table.fill_state(start, lambda column: teacher.row_state(column) / unit**2)
+            sums = teacher.relation_state()[:, :number] / relation_unit**2
+            self.optimizers.dense_state()["sum"][:, relation_start:] = sums
 
     def grow(self, parent: Checkpoint) -> None:
         """Take over the rows of a verified checkpoint of the run that this one grows out of; new rows stay as drawn.

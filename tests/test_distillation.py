@@ -20,6 +20,7 @@ from medscale.graph.reader import Graph, open_graph
 from medscale.jobfile import dump_job, parse_job
 from medscale.loss.bce import logits_of
 from medscale.model.layout import layout_of
+from medscale.model.prefix import prefix_scan
 from medscale.objective import Objective
 from medscale.train import train
 from medscale.trainer import Trainer, initial_scale, train_worker
@@ -80,6 +81,49 @@ def test_the_last_level_ranks_as_the_teacher_does(runs: Path, toy_graph: Graph) 
     taught = rank_tables(student(), toy_graph, tables_of(runs / "student"), triples, "test")
     alone = rank_tables(TEACHER, toy_graph, tables_of(runs / "teacher"), triples, "test")
     np.testing.assert_array_equal(taught.of("both")[1], alone.of("both")[1])
+
+
+@pytest.mark.parametrize(
+    ("scorer", "norm"), [("transe", "l1"), ("transe", "l2"), ("rotate", "l1"), ("pairre", "l1"), ("simple", "l1")]
+)
+@pytest.mark.parametrize(
+    ("dims", "dim", "growth"), [((4, 12), 4, "sqrt"), ((4, 12), 12, "sqrt"), ((3, 15), 3, "linear")]
+)
+def test_a_teachers_logits_are_those_of_its_own_run(
+    scorer: str, norm: str, dims: tuple[int, ...], dim: int, growth: str, toy_graph: Graph, tmp_path: Path
+) -> None:
+    """Also where it is a prefix, or was a student: its columns are smaller there than those of a model of its own."""
+
+    def job_of(name: str, dims: tuple[int, ...], **loss: object) -> Job:
+        return toy_job(
+            scorer, name, model={"norm": norm, "dims": dims, "tiers": {"t": dims[-1]}}, negatives={"kind": "chunk"},
+            loss={"kind": "bce", "margin": 6.0, **loss},
+        )  # fmt: skip
+
+    def logits(job: Job, rows: torch.Tensor, relations: torch.Tensor) -> torch.Tensor:
+        layout = layout_of(job.model, toy_graph.num_entities, toy_graph.num_relations)
+        scan, ids = (
+            prefix_scan(layout.scorer, layout.dims, layout.damping, dtype=torch.float64),
+            torch.from_numpy(toy_graph.triples("test")),
+        )
+        relation_PC = relations[ids[:, 1]].double()
+        scale = None if layout.scorer.scale is None else layout.scorer.scale(relation_PC, "tail")
+        query = layout.scorer.query(rows[ids[:, 0]].double(), relation_PC, "tail")
+        of = logits_of(job.loss, layout.dims, is_distance=layout.scorer.is_distance, device=CPU)
+        return of(scan.pair_scores(query, rows[ids[:, 2]].double(), scale))
+
+    teacher = job_of("teacher", dims, margin_scaling=growth, temperature="linear" if growth == "linear" else "sqrt")
+    train(teacher, toy_graph, tmp_path / "teacher")
+    tables = tables_of(tmp_path / "teacher")
+    own = logits(teacher, tables.rows().slice(0, 90), tables.relation_table)[dims.index(dim)]
+    job = student_of("dualde", job_of("direct", (2,)), "pupil", "teacher", dim, stage_steps=5)
+    with process_group(CPU):
+        trainer = Trainer(job, toy_graph, tmp_path / "pupil", CPU)
+        trainer.initialise()
+        trainer.seat(tables)
+        seated = logits(job, trainer.table.all_rows().slice(0, 90), trainer.relations.data)[-1]
+    torch.testing.assert_close(seated, own, rtol=1e-5, atol=1e-5)
+    assert own.std() > 0.05
 
 
 def test_a_teacher_may_learn_too(runs: Path) -> None:
