@@ -158,3 +158,30 @@ def test_the_recipe_beside_its_sub_models_alone(place: Path) -> None:
     rows = rows_of(out / "recipe.csv")
     assert [(r["method"], r["dim"]) for r in rows] == [("MED", "10"), ("MED", "200"), ("DT", "10"), ("DT", "200")]
     assert "Not trained yet: fb15k-237_complex_med" in (out / "recipe.md").read_text()
+
+
+def test_students_are_judged_alone_and_croppable_runs_by_the_dims_of_tables() -> None:
+    """Also where a student's dim and its teacher's, which stands beside it, look like those of a table."""
+    code = (
+        "from medscale.search import Trial; from reproduction.cells import mean_mrr;"
+        "trial = lambda **mrr: Trial({}, None, None, {d[1:]: v for d, v in mrr.items()}, 5, 1.0, 'finished');"
+        "print(mean_mrr(trial(d10=0.1, d50=0.3), 10), mean_mrr(trial(d100=0.1, d740=0.3), 100),"
+        "mean_mrr(trial(d10=0.1, d20=0.9, d40=0.3)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tools", capture_output=True, text=True)
+    assert done.stdout.split() == ["0.1", "0.1", "0.2"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("table3", "--budget", "-1"), "-1 is no number of minutes above 0"),
+        (("table3", "--dims", "15"), "table3 has no 15; it has 10 20 ... 640"),
+        (("figure7", "--student-dims", "10"), "figure7 draws models of 10 100 600 units"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_trained(options: tuple[str, ...], message: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -22,7 +22,9 @@ validation MRR, and is then trained anew with the best for `--epochs`, or as man
 over trials and models alike. The step that was best on validation is ranked on the whole test split: filtered, both
 sides, realistic ranks for ties, all entities. MED is tuned once for all its dims, by the mean of those shown, each
 other model for its own. Students have the epochs of one model beside their teacher's; so has TA's assistant, and the
-models between a student of IterDE and its teacher have half of them each.
+models between a student of IterDE and its teacher have half of them each. All models weigh triples by their own
+scores, of one size or of many, where the paper's MED weighs them by the next smaller sub-model's: "w/o EIM" means equal
+weights here. Sub-models learn from the next larger one alone, by probabilities; in the paper both ways, by scores.
 """
 
 import argparse
@@ -139,10 +141,10 @@ def main() -> None:
         help="of students (default: 10; figure7: 10 100 600)",
     )  # fmt: skip
     parser.add_argument(
-        "--budget", type=float, default=20, metavar="MINUTES", help="of processor time for each model (default: 20)"
+        "--budget", type=_minutes, default=20, metavar="MINUTES", help="of processor time for each model (default: 20)"
     )
-    parser.add_argument("--epochs", type=int, default=200, metavar="N", help="of each model, at most (default: 200)")
-    parser.add_argument("--trial-epochs", type=int, default=20, metavar="N", help="of each trial (default: 20)")
+    parser.add_argument("--epochs", type=_count, default=200, metavar="N", help="of each model, at most (default: 200)")
+    parser.add_argument("--trial-epochs", type=_count, default=20, metavar="N", help="of each trial (default: 20)")
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("MEDSCALE_DATA_DIR") or "data"))
     parser.add_argument("--runs-dir", type=Path, default=Path("runs") / "reproduce")
     parser.add_argument(
@@ -162,12 +164,33 @@ def main() -> None:
     arguments.student_dims = arguments.student_dims or (CLUSTER_DIMS if table == "figure7" else (10,))
     if table == "figure7" and len(arguments.datasets) + len(arguments.scorers) > 2:
         parser.error("figure7 shows one data set and one scorer")
+    if table == "figure7" and (arguments.only_report or set(arguments.student_dims) != set(CLUSTER_DIMS)):
+        parser.error(f"figure7 draws models of {_listed(CLUSTER_DIMS)} units; it has no --only-report or other dims")
     if (table == "recipe") != (RECIPE in arguments.scorers) or (table == "recipe" and len(arguments.scorers) > 1):
         parser.error(f"--scorers: {RECIPE} is recipe's, which has no other")
     for name, given, known in (("methods", arguments.methods, METHODS[table]), ("dims", arguments.dims, known_dims)):
         if unknown := [value for value in given if value not in known]:
-            parser.error(f"--{name}: {table} has no {_listed(unknown)}; it has {_listed(known)}")
+            parser.error(f"--{name}: {table} has no {_listed(unknown)}; it has {_few(known)}")
     sys.exit(run_command(lambda: _main(arguments)))
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of minutes above 0")
+    return minutes
+
+
+def _few(values: Sequence[object]) -> str:
+    """List values, of long series the first and the last."""
+    return _listed(values) if len(values) < 12 else f"{values[0]} {values[1]} ... {values[-1]}"
 
 
 def _listed(values: Sequence[object]) -> str:

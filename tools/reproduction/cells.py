@@ -162,11 +162,13 @@ def rate_of(job: Job, multiple: float) -> dict[str, str]:
     return rate
 
 
-def mean_mrr(trial: Trial) -> float:
+def mean_mrr(trial: Trial, watch_dim: int | None = None) -> float:
     """Return a trial's validation MRR, averaged over the dims that tables show: a croppable run serves them alike.
 
-    Of a student it is that of the student alone.
+    Of a student, whose job watches its dim, it is that of the student alone.
     """
+    if watch_dim is not None:
+        return trial.mrr_by_dim[str(watch_dim)]
     of_dims = {int(dim): mrr for dim, mrr in trial.mrr_by_dim.items()}
     tables = RECIPE_DIMS if set(of_dims) <= set(RECIPE_DIMS) else DIMS
     shown = [mrr for dim, mrr in of_dims.items() if dim in tables] or list(of_dims.values())

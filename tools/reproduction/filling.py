@@ -89,7 +89,7 @@ class Reproduction:
         assert cell.dim is not None
         method, teacher, teacher_dim, epochs = LESSONS[cell.method], cell.teacher.name, LARGEST, self.epochs
         self._run_of(cell.teacher)
-        earlier = 0.0
+        earlier, cut_short = 0.0, False
 
         def job_of(epochs: int, dim: int = cell.dim, name: str = cell.name) -> Job:
             direct = cell.job(epochs, dim)
@@ -102,16 +102,20 @@ class Reproduction:
             multiple = self._multiple(cell.teacher)
             for dim in chain(cell.dim, teacher_dim)[1:-1]:
                 job = job_of(max(1, epochs // 2), dim, f"{cell.name}_over_{dim}")
-                _, seconds, _ = self._trained(with_values(job, rate_of(job, multiple), job.name), self.budget)
-                earlier, teacher, teacher_dim = earlier + seconds, job.name, dim
+                _, seconds, rang = self._trained(with_values(job, rate_of(job, multiple), job.name), 1.1 * self.budget)
+                earlier, teacher, teacher_dim, cut_short = earlier + seconds, job.name, dim, cut_short or rang
         elif method == "ta":
-            of_dims = {dim: Cell(cell.dataset, cell.scorer, "DT", dim) for dim in sorted({*DIMS, cell.dim})}
+            between = [dim for dim in DIMS if cell.dim < dim < LARGEST] or [(cell.dim + LARGEST) // 20 * 10]
+            of_dims = {dim: Cell(cell.dataset, cell.scorer, "DT", dim) for dim in (cell.dim, *between, LARGEST)}
             mrr_of = {dim: max(v["mrr"][str(dim)] for v in self.fill(c)["validations"]) for dim, c in of_dims.items()}
             teacher_dim = assistant_dim(mrr_of, cell.dim, teacher_dim)
             assistant = Cell(cell.dataset, cell.scorer, "BKD", teacher_dim)
-            earlier, teacher = self.fill(assistant)["seconds"], self._run_of(assistant).name
-        run = self._tuned(job_of, cell.name, epochs)
-        self._write_run(cell, *run, teacher=teacher, earlier_seconds=round(earlier, 1))
+            taught = self.fill(assistant)
+            earlier, cut_short, teacher = taught["seconds"], taught["out_of_time"], self._run_of(assistant).name
+        job, seconds, out_of_time, trials = self._tuned(job_of, cell.name, epochs)
+        self._write_run(
+            cell, job, seconds, out_of_time or cut_short, trials, teacher=teacher, earlier_seconds=round(earlier, 1)
+        )
 
     def _multiple(self, cell: Cell) -> float:
         """Return the learning rate of a trained cell as a multiple of the size of its initial columns."""
@@ -132,10 +136,12 @@ class Reproduction:
         judged = [trial for trial in trials if trial.mrr is not None]
         if not judged:
             sys.exit(f"{name}: all trials diverged")
-        best, seconds = max(judged, key=mean_mrr), min(trial.seconds / self.trial_epochs for trial in judged)
+        watch_dim = job.train.watch_dim
+        best = max(judged, key=lambda trial: mean_mrr(trial, watch_dim))
+        seconds = min(trial.seconds / self.trial_epochs for trial in judged)
         job = job_of(max(1, min(epochs, int(60 * self.budget / seconds))))
         job, seconds, rang = self._trained(with_values(job, best.values, name), 1.1 * self.budget)
-        return job, seconds, rang or job.train.epochs < epochs, [tried(trial) for trial in trials]
+        return job, seconds, rang or job.train.epochs < epochs, [tried(trial, watch_dim) for trial in trials]
 
     def _trained(self, job: Job, budget: float) -> tuple[Job, float, bool]:
         """Train a job until its budget is spent; return it, the seconds, and whether they ran out."""
@@ -221,9 +227,9 @@ class Reproduction:
         log(f"{cell.name}: " + ", ".join(f"{r['mrr']:.3f} @{r['dim']}" for r in records if r["dim"] in DIMS))
 
 
-def tried(trial: Trial) -> dict[str, Any]:
+def tried(trial: Trial, watch_dim: int | None) -> dict[str, Any]:
     """Return what a trial tried, and how good it was on validation; None where it diverged."""
-    mrr = None if trial.mrr is None else round(mean_mrr(trial), 4)
+    mrr = None if trial.mrr is None else round(mean_mrr(trial, watch_dim), 4)
     by_dim = {dim: round(value, 4) for dim, value in trial.mrr_by_dim.items() if int(dim) in SHOWN}
     return {"value": next(iter(trial.values.values())), "mrr": mrr, "mrr_by_dim": by_dim}
 

@@ -107,6 +107,11 @@ def quality(
     missing = [cell.name for cell in cells if reproduction.found(cell) is None]
     if missing:
         report.say(f"Not trained yet: {', '.join(missing)}.")
+    if any(row["method"] == "PCA" for row in rows):
+        report.say(
+            "PCA turns the axes, which neither L1 distances nor moduli nor products by unit survive, so that even all "
+            "of its columns are worse than the model that they come from."
+        )
     if not rows:
         return
     gaps = [row for cell in cells if cell.method == "DT" for row in _gap_rows(reproduction, cell)]
@@ -363,8 +368,9 @@ def retention(report: Report, reproduction: Reproduction, cells: Sequence[Cell])
     report.table(rows)
     report.say(
         "Of the test queries (both sides) that some of the models of 10, 40, 160 and 640 units answers among its "
-        "first ten, the share where every larger model than the smallest that does so answers it too. The paper has a "
-        "picture alone."
+        "first ten, the share where every larger model than the smallest that does so answers it too. It says nothing "
+        "of how much is answered at all: crops of a small prefix that answer next to nothing have little to lose. The "
+        "paper has a picture alone."
     )
     if rows:
         with report.panels([(row["data set"], row["scorer"]) for row in rows]) as panels:
