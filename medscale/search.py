@@ -38,6 +38,8 @@ __all__ = ["Trial", "best_of", "combinations", "main", "search"]
 
 #: what a search leaves in its directory, beside the run of a trial that is not finished
 _TRIALS, _BEST = "search.json", "best.yaml"
+#: the seconds of a trial that was interrupted
+_CUT_OFF = "cut_off.json"
 #: what is tried where nothing is said
 _RATES = "optimizer.lr=0.0001,0.0005,0.001,0.01"
 #: a comma that is not inside of a list
@@ -57,7 +59,7 @@ class Trial:
     mrr_by_dim: Mapping[str, float]
     #: epochs validated
     epochs: int
-    #: by the search's clock
+    #: by the search's clock, with what it took before it was interrupted
     seconds: float
     #: "finished", "stopped early", "out of time" or "diverged"
     ending: str
@@ -106,7 +108,7 @@ def search(
             log(f"trial {number} of {len(chosen)}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
             # beside the other runs, where jobs find those that they grow out of or learn from
             run_directory = directory.with_name(f"{directory.name}-trial")
-            trial, signal_number = _try(tried, graph, run_directory, values, minutes, clock)
+            trial, signal_number = _try(tried, graph, run_directory, values, minutes, clock, directory / _CUT_OFF)
             if trial is None:
                 return trials, signal_number
             trials.append(trial)
@@ -116,16 +118,20 @@ def search(
 
 def _try(
     job: Job, graph: Graph, run_directory: Path, values: Mapping[str, str], minutes: float | None,
-    clock: Callable[[], float],
+    clock: Callable[[], float], cut_off: Path,
 ) -> tuple[Trial | None, int | None]:  # fmt: skip
     begun = run_directory / "job.yaml"
     if run_directory.exists() and (minutes is not None or not begun.exists() or load_job(begun) != job):
         shutil.rmtree(run_directory)
-    start = clock()
+    # what was killed outright told nothing, and counts from here on
+    goes_on = run_directory.exists() and cut_off.exists()
+    start = clock() - (json.loads(cut_off.read_text())["seconds"] if goes_on else 0.0)
+    cut_off.unlink(missing_ok=True)
     try:
         with time_limit(minutes, clock) as rang:
             outcome, signal_number = train(job, graph, run_directory)
         if outcome is Outcome.INTERRUPTED and not rang.is_set():
+            write_json(cut_off, {"seconds": clock() - start})
             return None, signal_number or signal.SIGTERM
         progress = committed(run_directory, step_of(committed_steps(run_directory)[-1])).facts["progress"]
         ending = _ENDINGS[outcome]

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +82,25 @@ def test_combinations_are_all_or_a_seeded_sample() -> None:
     assert drawn == combinations(values, 4, 7)
     assert any(combinations(values, 4, seed) != drawn for seed in range(5))
     assert combinations(values, 10, 0) == every
+
+
+def test_an_interrupted_trial_counts_the_time_before(toy_graph: Graph, tmp_path: Path) -> None:
+    job, checkpoints = job_for(epochs=1_000_000), tmp_path / "s-trial" / "checkpoints"
+    seconds = iter([0.0, 0.0, 10.0, 100.0, 100.0, 103.0])
+    for total in (10.0, 13.0):
+        before = set(checkpoints.glob("step-*"))
+
+        def interrupt(before: set[Path] = before) -> None:
+            while not set(checkpoints.glob("step-*")) - before:
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        watcher = threading.Thread(target=interrupt, daemon=True)
+        watcher.start()
+        trials, number = search(job, toy_graph, tmp_path / "s", RATES[1:], clock=lambda: next(seconds))
+        watcher.join()
+        assert (trials, number) == ([], signal.SIGTERM)
+        assert json.loads((tmp_path / "s" / "cut_off.json").read_text()) == {"seconds": total}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -138,7 +139,7 @@ class Reproduction:
             sys.exit(f"{name}: all trials diverged")
         watch_dim = job.train.watch_dim
         best = max(judged, key=lambda trial: mean_mrr(trial, watch_dim))
-        seconds = min(trial.seconds / self.trial_epochs for trial in judged)
+        seconds = statistics.median(trial.seconds / self.trial_epochs for trial in judged)
         job = job_of(max(1, min(epochs, int(60 * self.budget / seconds))))
         job, seconds, rang = self._trained(with_values(job, best.values, name), 1.1 * self.budget)
         return job, seconds, rang or job.train.epochs < epochs, [tried(trial, watch_dim) for trial in trials]
