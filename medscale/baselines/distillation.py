@@ -52,8 +52,7 @@ def student(method: Method, direct: Job, name: str, teacher: str, teacher_dim: i
     (dim,) = direct.model.dims
     model = replace(direct.model, dims=(dim, dim + teacher_dim), tiers={"student": dim}, damping=(0.0,))
     med = replace(
-        direct.med, dynamic_weight=False, balance=0.0,
-        mutual_weight=1.0 + direct.negatives.number,
+        direct.med, dynamic_weight=False, balance=0.0, mutual_weight=1.0 + direct.negatives.number,
         mutual_warmup_steps=stage_steps if method == "iterde" else 0, **_KEYS[method],  # type: ignore[arg-type]
     )  # fmt: skip
     return replace(

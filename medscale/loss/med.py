@@ -126,8 +126,8 @@ def size_balance(dims: Tensor, exponent: float) -> Tensor:
     """Return (d_1 / d_i)^exponent, the weight [n] of all losses of each sub-model; not in the paper.
 
     With 64 sizes in even steps, 63 of 64 losses pull the smallest sub-model's columns where larger ones want them. By
-    exponent 2 all others together weigh less on them than its own. An optimizer that
-    divides by the size of the gradient, row by row of a table, makes up for this between tables, not within one.
+    exponent 2 all others together weigh less on them than its own. An optimizer that divides by the size of the
+    gradient, row by row of a table, makes up for this between tables, not within one.
     """
     return (dims[0] / dims) ** exponent
 
