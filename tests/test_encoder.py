@@ -16,6 +16,7 @@ from medscale.evaluate import evaluate
 from medscale.graph.reader import Graph
 from medscale.jobfile import load_job
 from medscale.model.encoder import (
+    Earl,
     Encoder,
     anchors_of,
     encoder_of,
@@ -82,11 +83,29 @@ def test_shares_add_up_and_the_alike_have_the_same_relations() -> None:
     torch.testing.assert_close(shares[4], torch.tensor([0.25, 0.5, 0.25, 0.0]))
     assert not shares[9].any()
     reserved = torch.tensor([2, 5, 8])
-    places, weights = most_alike(shares, reserved, 2)
+    places, weights = most_alike(shares, reserved, 2, 0)
     assert places[6, 0] == 1, "6 has the relations of 5 and no other"
     torch.testing.assert_close(weights.sum(1), torch.ones(10))
     cosines = torch.cosine_similarity(shares[0].unsqueeze(0), shares[reserved])
     assert places[0].tolist() == cosines.argsort(descending=True, stable=True)[:2].tolist()
+    alike = torch.tensor([[1.0, 0.0]]).expand(400, 2)
+    places, weights = most_alike(alike, torch.arange(20), 1, 0)
+    assert len(places.unique()) == 20, "equally alike ones are drawn"
+    two, weights = most_alike(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.arange(2), 2, 0)
+    assert two[0].tolist() == [0, 1]
+    torch.testing.assert_close(weights[0], torch.softmax(torch.tensor([5.0, 3.0]), 0), rtol=1e-4, atol=1e-4)
+
+
+def test_reserved_entities_have_vectors_of_their_own(toy_graph: Graph) -> None:
+    encoder = encoder_for(job_of("earl"), toy_graph)
+    assert isinstance(encoder, Earl)
+    assert (encoder.place_E >= 0).sum() == 30
+    alone = encoder._alone(torch.arange(90))
+    for entity, place in enumerate(encoder.place_E.tolist()):
+        assert torch.equal(alone[entity], encoder.reserved_AC[place]) == (place >= 0)
+    encoder(torch.arange(90)).square().sum().backward()
+    assert encoder.reserved_AC.grad is not None
+    assert encoder.reserved_AC.grad.any(1).all(), "every one learns"
 
 
 def job_of(kind: str, name: str = "composed", **train_keys: int) -> Job:
@@ -133,7 +152,7 @@ def test_a_checkpoint_holds_the_composed_rows(kind: str, toy_graph: Graph, tmp_p
 def test_composed_entities_answer_queries(kind: str, data_dir: Path, tmp_path: Path) -> None:
     job = load_job(Path(__file__).resolve().parents[1] / "jobs" / "umls.yaml")
     section = EncoderSection(kind=kind, reserved=60, nearest=5, lr=0.05)  # type: ignore[arg-type]
-    job = dataclasses.replace(job, encoder=section, train=dataclasses.replace(job.train, epochs=5))
+    job = dataclasses.replace(job, encoder=section, train=dataclasses.replace(job.train, epochs=10))
     graph = prepare(job, data_root=data_dir, graphs_root=tmp_path)
     train(job, graph, tmp_path / "umls")
     records, _ = evaluate(job, graph, tmp_path / "umls")

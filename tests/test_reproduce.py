@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from toy import write_toy_graph
+
+from medscale.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +40,9 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def reproduce(place: Path, table: str, *options: str, scorer: str = "TransE") -> subprocess.CompletedProcess[str]:
+def reproduce(
+    place: Path, table: str, *options: str, scorer: str = "TransE", exit_code: int = 0
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
     done = subprocess.run(
         [
             sys.executable, str(ROOT / "tools" / "reproduce.py"), table, "--datasets", "WN18RR", "--scorers",
@@ -46,7 +51,7 @@ def reproduce(place: Path, table: str, *options: str, scorer: str = "TransE") ->
         ],
         env=dict(os.environ), capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == exit_code, done.stderr
     return done
 
 
@@ -63,7 +68,11 @@ def test_a_table_grows_cell_by_cell(place: Path) -> None:
     cells = {path.stem: json.loads(path.read_text()) for path in (out / "cells").glob("*.json")}
     assert sorted(cells) == ["wn18rr_transe_dt_640", "wn18rr_transe_ext-v", "wn18rr_transe_pca"]
     direct = cells["wn18rr_transe_dt_640"]
-    assert [len(direct["trials"]), direct["trial_epochs"]] == [4, 5]
+    assert direct["settings"] == {"budget": 20, "epochs": 20, "trial_epochs": 5}
+    # the grid is left where a larger learning rate is no better
+    mrr_of_trials = [trial["mrr"] for trial in direct["trials"]]
+    assert all(max(mrr_of_trials[:n]) == mrr_of_trials[n - 1] for n in range(4, len(mrr_of_trials)))
+    assert max(mrr_of_trials) > mrr_of_trials[-1] or len(mrr_of_trials) == 6
     assert [v["epoch"] for v in direct["validations"]] == [5, 10, 15, 20]
     assert "optimizer:" in direct["job"]
     assert direct["validations"]
@@ -83,6 +92,18 @@ def test_a_table_grows_cell_by_cell(place: Path) -> None:
     names = missing.removeprefix("Not trained yet: ").removesuffix(".").split(", ")
     assert "wn18rr_transe_med" in names
     assert "wn18rr_transe_dt_640" not in names
+
+    # what was measured is there, but the model is not: as in a clone
+    shutil.rmtree(place / "runs")
+    again = reproduce(place, "table3", "--methods", "Ext", "--dims", "640")
+    assert "wn18rr_transe_dt_640: trained anew" in again.stderr
+    crop = json.loads((out / "cells" / "wn18rr_transe_ext.json").read_text())
+    assert {r["dim"]: r["mrr"] for r in crop["records"]}[640] == pytest.approx(direct["records"][0]["mrr"], abs=1e-3)
+
+    other = reproduce(
+        place, "table3", "--methods", "DT", "--dims", "640", "--epochs", "3", exit_code=CheckpointError.exit_code
+    )
+    assert "wn18rr_transe_dt_640.json was made otherwise: --budget 20 --epochs 20 --trial-epochs 5 -> " in other.stderr
 
 
 @pytest.mark.slow

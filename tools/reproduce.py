@@ -50,7 +50,7 @@ from reproduction.cells import (
     SUB_MODELS,
     Cell,
 )
-from reproduction.filling import Reproduction
+from reproduction.filling import Reproduction, Settings
 from reproduction.tables import Report, clusters, efficiency, quality, retention, times
 
 from medscale.config import DISTANCES
@@ -198,10 +198,8 @@ def _listed(values: Sequence[object]) -> str:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    reproduction = Reproduction(
-        arguments.out, arguments.runs_dir, arguments.data_dir, budget=arguments.budget, epochs=arguments.epochs,
-        trial_epochs=arguments.trial_epochs,
-    )  # fmt: skip
+    settings = Settings(arguments.budget, arguments.epochs, arguments.trial_epochs)
+    reproduction = Reproduction(arguments.out, arguments.runs_dir, arguments.data_dir, settings)
     table, dims = arguments.table, arguments.dims
     wanted = list(cells_of(arguments.datasets, arguments.scorers, arguments.methods, dims, arguments.student_dims))
     for cell in () if arguments.only_report else wanted:

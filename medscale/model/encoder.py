@@ -4,8 +4,8 @@
                 Simplified: anchors are the entities of highest degree and some drawn at random (no PageRank); the parts
                 of each kind are averaged before the perceptron, which in the original reads them one by one
     earl        Chen et al., 2023: an entity is the relations around it, the reserved entities most like it in these,
-                and its neighbours. Simplified: neighbours one hop away, some drawn for each entity once, instead of a
-                network over all edges; reserved entities are drawn at random
+                and its neighbours; a reserved entity has a vector of its own instead of the first two. Simplified:
+                neighbours one hop away, some drawn for each entity once, instead of a network over all edges
 
 Rows [E, C] come out of a small network, so a model's parameters hardly grow with its entities. What a checkpoint and a
 tier hold are the composed rows.
@@ -30,6 +30,8 @@ __all__ = ["Earl", "Encoder", "NodePiece", "encoder_of"]
 _MOST_HOPS = 6
 #: rows compared or composed at once
 _ROWS = 8192
+#: cosines nearer than this are equal
+_TIE = 1e-6
 
 
 class Encoder(nn.Module, ABC):
@@ -104,6 +106,7 @@ class Earl(Encoder):
     ) -> None:  # fmt: skip
         super().__init__(num_columns, scale)
         self.share_ER: Tensor
+        self.place_E: Tensor
         self.reserved_EK: Tensor
         self.weight_EK: Tensor
         self.neighbour_EN: Tensor
@@ -112,10 +115,13 @@ class Earl(Encoder):
         drawn = generator(seed, "reserved entities").choice(
             num_entities, min(section.reserved, num_entities), replace=False
         )
-        reserved_EK, weight_EK = most_alike(share_ER, torch.from_numpy(np.sort(drawn)), section.nearest)
+        reserved_A = torch.from_numpy(np.sort(drawn))
+        #: where an entity's own vector is; -1: it has none
+        place_E = torch.full((num_entities,), -1).index_copy_(0, reserved_A, torch.arange(len(reserved_A)))
+        reserved_EK, weight_EK = most_alike(share_ER, reserved_A, section.nearest, seed)
         neighbour_EN, edge_EN = neighbours_of(triples_T3, num_entities, num_relations, section.neighbours, seed)
         for name, buffer in (
-            ("share_ER", share_ER), ("reserved_EK", reserved_EK), ("weight_EK", weight_EK),
+            ("share_ER", share_ER), ("place_E", place_E), ("reserved_EK", reserved_EK), ("weight_EK", weight_EK),
             ("neighbour_EN", neighbour_EN), ("edge_EN", edge_EN),
         ):  # fmt: skip
             self.register_buffer(name, buffer, persistent=False)
@@ -140,8 +146,10 @@ class Earl(Encoder):
         relations_VC = self.share_ER[entities_V] @ self.relations_RC[:-1]
         alike_VKC = F.embedding(self.reserved_EK[entities_V], self.reserved_AC)
         alike_VC = (self.weight_EK[entities_V].unsqueeze(2) * alike_VKC).sum(1)
-        nodes_VC: Tensor = self.network(torch.cat([relations_VC, alike_VC], 1))
-        return nodes_VC
+        composed_VC: Tensor = self.network(torch.cat([relations_VC, alike_VC], 1))
+        place_V = self.place_E[entities_V]
+        own_VC = F.embedding(place_V.clamp(min=0), self.reserved_AC)
+        return torch.where(place_V.unsqueeze(1) < 0, composed_VC, own_VC)
 
 
 def encoder_of(
@@ -209,12 +217,19 @@ def relation_shares(triples_T3: NDArray[np.int64], num_entities: int, num_relati
     return counts_ER / counts_ER.sum(1, keepdim=True).clamp(min=1)
 
 
-def most_alike(share_ER: Tensor, reserved_A: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Return (int64 [E, K] places of reserved entities, float32 [E, K] weights), by the cosine of relations' shares."""
+def most_alike(share_ER: Tensor, reserved_A: Tensor, number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return (int64 [E, K] places of reserved entities, float32 [E, K] weights), by the cosine of relations' shares.
+
+    Of equally alike ones, which are many, some are drawn; weights are a softmax of temperature 0.2, as the authors'.
+    """
     unit_ER = F.normalize(share_ER, dim=1)
     reserved_AR = unit_ER[reserved_A]
-    best = [torch.topk(part @ reserved_AR.T, min(number, len(reserved_A)), dim=1) for part in unit_ER.split(_ROWS)]
-    return torch.cat([b.indices for b in best]), torch.cat([torch.softmax(b.values, 1) for b in best])
+    draws = generator(seed, "equally alike")
+    best = []
+    for part in unit_ER.split(_ROWS):
+        noise = torch.from_numpy(draws.random((len(part), len(reserved_A)), dtype=np.float32))
+        best.append(torch.topk(part @ reserved_AR.T + _TIE * noise, min(number, len(reserved_A)), dim=1))
+    return torch.cat([b.indices for b in best]), torch.cat([torch.softmax(b.values / 0.2, 1) for b in best])
 
 
 def neighbours_of(

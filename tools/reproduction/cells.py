@@ -12,8 +12,9 @@ from medscale.search import Trial
 from medscale.trainer import initial_scale
 
 __all__ = [
-    "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "RATES", "RECIPE", "RECIPES",
-    "RECIPE_DIMS", "SCORERS", "SHOWN", "SIXTY_FOUR", "STAGES", "SUB_MODELS", "Cell", "mean_mrr", "rate_of", "tries_of",
+    "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "NUM_TRIALS", "RATES", "RECIPE",
+    "RECIPES", "RECIPE_DIMS", "SCORERS", "SHOWN", "SIXTY_FOUR", "STAGES", "SUB_MODELS", "Cell", "mean_mrr", "rate_of",
+    "tries_of",
 ]  # fmt: skip
 
 DATASETS = ("WN18RR", "FB15k-237")
@@ -38,7 +39,7 @@ COMPACT: Mapping[str, Mapping[str, tuple[int, str]]] = {
     },
 }  # fmt: skip
 #: the learning rates that encoders are tried with
-_ENCODER_RATES = (0.003, 0.01, 0.03, 0.1)
+_ENCODER_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 #: sub-models by the name that a run has in table 8; the paper does not say which 16
 SUB_MODELS = {"MED": SIXTY_FOUR, "MED n=16": (10, *range(40, 561, 40), 640), "MED n=4": DIMS}
 #: the balance of sizes is not the paper's, and products' alone
@@ -57,8 +58,10 @@ SHOWN = {*DIMS, *RECIPE_DIMS}
 _STRENGTHS = (0.5, 1.0, 2.0)
 
 #: the learning rates that every model is tried with, as multiples of the size of its initial columns: those of a small
-#: model are far larger than those of a large one, and so are the steps that move them
-RATES = {"distances": (0.6, 2.0, 6.0, 20.0), "products": (0.06, 0.2, 0.6, 2.0)}
+#: model are far larger than those of a large one, and so are the steps that move them. Those beyond the first
+#: `NUM_TRIALS` are tried while the largest so far is the best
+RATES = {"distances": (0.6, 2.0, 6.0, 20.0, 60.0, 200.0), "products": (0.06, 0.2, 0.6, 2.0, 6.0, 20.0)}
+NUM_TRIALS = 4
 #: relations that are no vectors of that size (phases, factors) move by this times the multiple
 _RELATION_RATE = 0.05
 #: the part of its training after which DualDE's teacher learns too, and IterDE's soft labels have their whole weight. A
@@ -144,7 +147,10 @@ def _recipe(dataset: str, name: str, epochs: int, dim: int | None) -> Job:
 
 
 def tries_of(job: Job) -> list[dict[str, str]]:
-    """Return what to try with a job, as keys and values: learning rates, or strengths of a recipe's regularizer."""
+    """Return what to try with a job, as keys and values: rising learning rates, or strengths of a recipe's regularizer.
+
+    Those after the first `NUM_TRIALS` are for models that the largest before suits best.
+    """
     if job.loss.kind == "softmax":
         weights = job.loss.regularizer_weights
         return [{"loss.regularizer_weights": str([f * weight for weight in weights])} for f in _STRENGTHS]

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 
 from medscale.baselines.crops import arranged
 from medscale.baselines.distillation import assistant_dim, chain, student
-from medscale.checkpoint import committed, committed_steps, newest_checkpoint, open_tables, step_of
+from medscale.checkpoint import changed_keys, committed, committed_steps, newest_checkpoint, open_tables, step_of
 from medscale.config import Job
+from medscale.errors import CheckpointError
 from medscale.evaluate import PROTOCOL, rank_tables
 from medscale.graph.known_triples import KnownTriples
 from medscale.graph.reader import Graph
-from medscale.jobfile import dump_job, parse_job, with_values
+from medscale.jobfile import dump_job, job_to_mapping, load_job, parse_job, with_values
 from medscale.logs import log
 from medscale.model.encoder import encoder_of
 from medscale.model.layout import Layout
@@ -38,6 +40,7 @@ from reproduction.cells import (
     DIMS,
     LARGEST,
     LESSONS,
+    NUM_TRIALS,
     SHOWN,
     SIXTY_FOUR,
     STAGES,
@@ -47,21 +50,33 @@ from reproduction.cells import (
     tries_of,
 )
 
-__all__ = ["CLOCK", "Reproduction", "correct_answers"]
+__all__ = ["CLOCK", "Reproduction", "Settings", "correct_answers"]
 
 #: budgets and times are of processor time, all threads together, so that other work on the machine takes none of it; on
 #: a GPU, whose work that does not count, of the clock on the wall
 CLOCK = time.monotonic if torch.cuda.is_available() else time.process_time
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What every model of a table is given."""
+
+    #: minutes of processor time
+    budget: float
+    #: at most, and those of each trial
+    epochs: int
+    trial_epochs: int
+
+    def __str__(self) -> str:
+        """As options of the command."""
+        return f"--budget {self.budget:g} --epochs {self.epochs} --trial-epochs {self.trial_epochs}"
+
+
 class Reproduction:
     """The cells of a directory: fills what is missing."""
 
-    def __init__(
-        self, out: Path, runs_dir: Path, data_dir: Path, *, budget: float, epochs: int, trial_epochs: int
-    ) -> None:  # fmt: skip
-        self.cells, self.runs_dir, self.data_dir = out / "cells", runs_dir, data_dir
-        self.budget, self.epochs, self.trial_epochs = budget, epochs, trial_epochs
+    def __init__(self, out: Path, runs_dir: Path, data_dir: Path, settings: Settings) -> None:
+        self.cells, self.runs_dir, self.data_dir, self.settings = out / "cells", runs_dir, data_dir, settings
         self.cells.mkdir(parents=True, exist_ok=True)
 
     def found(self, cell: Cell) -> dict[str, Any] | None:
@@ -70,25 +85,48 @@ class Reproduction:
         return json.loads(path.read_text()) if path.exists() else None
 
     def fill(self, cell: Cell) -> dict[str, Any]:
-        """Train a cell's model, or crop the largest directly trained one; return what was measured, then or before."""
+        """Train a cell's model, or crop the largest directly trained one; return what was measured, then or before.
+
+        Raises:
+            CheckpointError: it was trained before, with other settings, or as another job.
+
+        """
         if (found := self.found(cell)) is not None:
+            self._require_same(cell, found)
             return found
         if cell.method in CROPS:
             self._crop(cell)
         elif cell.method in LESSONS:
             self._teach(cell)
         else:
-            self._write_run(cell, *self._tuned(cell.job, cell.name, self.epochs))
+            self._write_run(cell, *self._tuned(cell.job, cell.name, self.settings.epochs))
         found = self.found(cell)
         assert found is not None
         return found
+
+    def _require_same(self, cell: Cell, found: Mapping[str, Any]) -> None:
+        if cell.method in CROPS:
+            return  # which has no settings but its model's
+        differs = []
+        if (then := Settings(**found["settings"])) != self.settings:
+            differs.append(f"{then} -> {self.settings}")
+        if cell.method not in LESSONS:
+            then_job = parse_job(found["job"], cell.name)
+            job = cell.job(then_job.train.epochs)
+            changes = changed_keys(job_to_mapping(then_job), job_to_mapping(job))
+            differs += [change for change in changes if change.partition(":")[0] not in tries_of(job)[0]]
+        if differs:
+            raise CheckpointError(
+                f"{self.cells / cell.name}.json was made otherwise: {'; '.join(differs)}; ask for what was, give "
+                "another --out and --runs-dir, or remove it to train it anew"
+            )
 
     # -- training -----------------------------------------------------------------------------------------
 
     def _teach(self, cell: Cell) -> None:
         """Train a student of the largest directly trained model, and what stands between them."""
         assert cell.dim is not None
-        method, teacher, teacher_dim, epochs = LESSONS[cell.method], cell.teacher.name, LARGEST, self.epochs
+        method, teacher, teacher_dim, epochs = LESSONS[cell.method], cell.teacher.name, LARGEST, self.settings.epochs
         self._run_of(cell.teacher)
         earlier, cut_short = 0.0, False
 
@@ -103,7 +141,7 @@ class Reproduction:
             multiple = self._multiple(cell.teacher)
             for dim in chain(cell.dim, teacher_dim)[1:-1]:
                 job = job_of(max(1, epochs // 2), dim, f"{cell.name}_over_{dim}")
-                _, seconds, rang = self._trained(with_values(job, rate_of(job, multiple), job.name), 1.1 * self.budget)
+                _, seconds, rang = self._trained(with_values(job, rate_of(job, multiple), job.name))
                 earlier, teacher, teacher_dim, cut_short = earlier + seconds, job.name, dim, cut_short or rang
         elif method == "ta":
             between = [dim for dim in DIMS if cell.dim < dim < LARGEST] or [(cell.dim + LARGEST) // 20 * 10]
@@ -130,31 +168,51 @@ class Reproduction:
 
         `job_of` gives the job by epochs. Returns the job, the seconds, whether they ran out, and the trials.
         """
-        job = job_of(self.trial_epochs)
-        trials, stopped = search(job, self._graph(job), self.runs_dir / f"{name}-search", tries_of(job), clock=CLOCK)
-        if stopped is not None:
-            sys.exit(128 + stopped)
-        judged = [trial for trial in trials if trial.mrr is not None]
-        if not judged:
-            sys.exit(f"{name}: all trials diverged")
+        trials, best = self._trials(job_of(self.settings.trial_epochs), name)
+        seconds = statistics.median(trial.seconds for trial in trials if trial.mrr is not None)
+        job = job_of(max(1, min(epochs, int(60 * self.settings.budget / seconds * self.settings.trial_epochs))))
         watch_dim = job.train.watch_dim
-        best = max(judged, key=lambda trial: mean_mrr(trial, watch_dim))
-        seconds = statistics.median(trial.seconds / self.trial_epochs for trial in judged)
-        job = job_of(max(1, min(epochs, int(60 * self.budget / seconds))))
-        job, seconds, rang = self._trained(with_values(job, best.values, name), 1.1 * self.budget)
+        job, seconds, rang = self._trained(with_values(job, best.values, name))
         return job, seconds, rang or job.train.epochs < epochs, [tried(trial, watch_dim) for trial in trials]
 
-    def _trained(self, job: Job, budget: float) -> tuple[Job, float, bool]:
-        """Train a job until its budget is spent; return it, the seconds, and whether they ran out."""
-        run_directory = self.runs_dir / job.name
+    def _trials(self, job: Job, name: str) -> tuple[list[Trial], Trial]:
+        """Try a job's learning rates; return all trials, and the best."""
+        tries = tries_of(job)
+        number = min(NUM_TRIALS, len(tries))
+        while True:
+            directory = self.runs_dir / f"{name}-search"
+            trials, stopped = search(job, self._graph(job), directory, tries[:number], clock=CLOCK)
+            if stopped is not None:
+                sys.exit(128 + stopped)
+            judged = [trial for trial in trials if trial.mrr is not None]
+            if not judged:
+                sys.exit(f"{name}: all trials diverged")
+            best = max(judged, key=lambda trial: mean_mrr(trial, job.train.watch_dim))
+            if best.values != tries[number - 1] or number == len(tries):
+                return trials, best
+            number += 1
+
+    def _trained(self, job: Job) -> tuple[Job, float, bool]:
+        """Train a job until its budget is spent, or find it trained; return it, the seconds, and whether they ran out.
+
+        A job fits its budget by its trials' pace, which is forgiven a tenth.
+        """
+        run_directory, budget = self.runs_dir / job.name, self.settings.budget
+        told = run_directory / "trained.json"
+        if told.exists() and load_job(run_directory / "job.yaml") == job:
+            trained = json.loads(told.read_text())
+            if trained["budget"] == budget:
+                return job, trained["seconds"], trained["out_of_time"]
         if run_directory.exists():
             shutil.rmtree(run_directory)  # its minutes are unknown
         start = CLOCK()
-        with time_limit(budget, CLOCK) as rang:
+        with time_limit(1.1 * budget, CLOCK) as rang:
             outcome, number = train(job, self._graph(job), run_directory)
         if outcome is Outcome.INTERRUPTED and not rang.is_set():
             sys.exit(128 + (number or 15))
-        return job, CLOCK() - start, rang.is_set()
+        seconds = CLOCK() - start
+        write_json(told, {"budget": budget, "seconds": seconds, "out_of_time": rang.is_set()})
+        return job, seconds, rang.is_set()
 
     def _write_run(
         self, cell: Cell, job: Job, seconds: float, out_of_time: bool, trials: list[dict[str, Any]], **more: Any
@@ -166,11 +224,10 @@ class Reproduction:
         if cell.method in LESSONS:  # the last level is the teacher
             ranks = Ranks(ranks.dims[:-1], ranks.head[:-1], ranks.tail[:-1])
         self._write(cell, ranks, {
-            "job": dump_job(job), "seconds": round(seconds, 1), "budget_minutes": self.budget,
+            "job": dump_job(job), "settings": asdict(self.settings), "seconds": round(seconds, 1),
             "out_of_time": out_of_time, "step": tables.facts["step"],
             "parameters_million": {str(d): _num_parameters(job, graph, tables.layout, d) / 1e6 for d in ranks.dims},
-            "validations": newest.facts["progress"]["validations"], "trials": trials,
-            "trial_epochs": self.trial_epochs, **more,
+            "validations": newest.facts["progress"]["validations"], "trials": trials, **more,
         })  # fmt: skip
 
     # -- cropping -----------------------------------------------------------------------------------------
@@ -211,12 +268,14 @@ class Reproduction:
         return prepare(job, data_root=self.data_dir, graphs_root=self.runs_dir / "graphs")
 
     def _run_of(self, cell: Cell) -> Path:
-        """Return the run directory of a cell that others need, trained if need be."""
-        self.fill(cell)
-        directory = self.runs_dir / cell.name
-        if not directory.exists():
-            sys.exit(f"{directory} is gone, and others need its model: remove cells/{cell.name}.json to train it anew")
-        return directory
+        """Return the run directory of a cell that others need: what was measured may be there without its model."""
+        found = self.fill(cell)
+        if not (self.runs_dir / cell.name).exists():
+            if cell.method in LESSONS:
+                self._run_of(cell.teacher)
+            log(f"{cell.name}: trained anew, for its model is not under {self.runs_dir}, and others are made of it")
+            self._trained(parse_job(found["job"], cell.name))
+        return self.runs_dir / cell.name
 
     def _write(self, cell: Cell, ranks: Ranks, measured: Mapping[str, Any]) -> None:
         records = field_records(ranks)
