@@ -5,8 +5,9 @@
 - table4: RotatE, NodePiece and EARL of about as many parameters as MED's sub-model of 40 units;
 - table7: the processor time of all 64 sizes by each of these, and how soon one croppable run is as good as each model;
 - table8: MED with 64, 16 and 4 sub-models;
-- table13: MED without mutual learning (MLM), evolutionary improvement (EIM), or the dynamic loss weight (DLW); products
-  also without the balance of sizes (`med.balance`, not the paper's);
+- table13: MED without mutual learning (MLM), evolutionary improvement (EIM), or the dynamic loss weight (DLW); as the
+  paper writes it (neighbours teach each other, by Huber's loss of scores; triples weigh by the next smaller sub-model's
+  scores); products also without the balance of sizes (`med.balance`, not the paper's);
 - figure5: the ability retention ratio; figure6: MED at all 64 dims beside DT;
 - figure7: where t-SNE puts entities of four categories, for MED, DualDE and Ext-V at 10, 100 and 600 units;
 - recipe: not the paper's: `jobs/wn18rr.yaml` and `jobs/fb15k237.yaml` (ComplEx, softmax, N3), whose croppable run
@@ -16,7 +17,7 @@ What is missing is trained, the rest is read: each cell is one JSON file under t
 that a table grows run by run, and the same command goes on where it was stopped. At the end the table is written as
 Markdown, CSV and PNG, of all cells that are there: the paper's value, ours, their difference, the time it took.
 
-Protocol: each model first gets the same number of trials (learning rates) of the same number of epochs, compared by
+Protocol: each model first gets trials by the same rule (learning rates) of the same number of epochs, compared by
 validation MRR, and is then trained anew with the best for `--epochs`, or as many as the trials' pace lets into
 `--budget` minutes of processor time (20: ten minutes of two cores), and then says so; learning rates fall linearly to 0
 over trials and models alike. The step that was best on validation is ranked on the whole test split: filtered, both
@@ -25,6 +26,7 @@ other model for its own. Students have the epochs of one model beside their teac
 models between a student of IterDE and its teacher have half of them each. All models weigh triples by their own
 scores, of one size or of many, where the paper's MED weighs them by the next smaller sub-model's: "w/o EIM" means equal
 weights here. Sub-models learn from the next larger one alone, by probabilities; in the paper both ways, by scores.
+Learning rates are four, and up to two larger ones for whichever model the largest so far suits best.
 """
 
 import argparse
@@ -205,10 +207,12 @@ def _main(arguments: argparse.Namespace) -> int:
     for cell in () if arguments.only_report else wanted:
         reproduction.fill(cell)
     # The report is of all that is there, whoever filled it.
-    every = cells_of(
-        DATASETS_OF.get(table, DATASETS), SCORERS_OF.get(table, tuple(SCORERS)), METHODS[table], dims,
-        arguments.student_dims,
-    )  # fmt: skip
+    datasets, scorers = DATASETS_OF.get(table, DATASETS), SCORERS_OF.get(table, tuple(SCORERS))
+    every = [
+        cell
+        for cell in cells_of(datasets, scorers, METHODS[table], dims, SIXTY_FOUR[:-1])
+        if cell.method not in LESSONS or cell.dim in arguments.student_dims or reproduction.found(cell) is not None
+    ]
     cells = wanted if table == "figure7" else list(dict.fromkeys([*every, *wanted]))
     protocol = (__doc__ or "").partition("Protocol: ")[2].partition("\n\n")[0].replace("\n", " ")
     report = Report(arguments.out, table, f"Protocol: {protocol}")

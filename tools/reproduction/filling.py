@@ -291,7 +291,7 @@ def tried(trial: Trial, watch_dim: int | None) -> dict[str, Any]:
     """Return what a trial tried, and how good it was on validation; None where it diverged."""
     mrr = None if trial.mrr is None else round(mean_mrr(trial, watch_dim), 4)
     by_dim = {dim: round(value, 4) for dim, value in trial.mrr_by_dim.items() if int(dim) in SHOWN}
-    return {"value": next(iter(trial.values.values())), "mrr": mrr, "mrr_by_dim": by_dim}
+    return {"value": next(iter(trial.values.values())), "mrr": mrr, "mrr_by_dim": by_dim, "seconds": trial.seconds}
 
 
 def _num_parameters(job: Job, graph: Graph, layout: Layout, dim: int) -> int:

@@ -3,7 +3,7 @@
 import csv
 import io
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _NEAR = 0.005
 _MED_DIM = 40
 
 Row = dict[str, Any]
+Measure = Callable[[Mapping[str, Any]], float]
 
 
 class Report:
@@ -38,7 +39,9 @@ class Report:
 
     def table(self, rows: Sequence[Row], *, suffix: str = "") -> None:
         """Add rows to the Markdown, and write them as CSV."""
+        path = self.out / f"{self.name}{suffix}.csv"
         if not rows:
+            path.unlink(missing_ok=True)  # of another time
             return
         headings = list(rows[0])
         numbers = [all(isinstance(row[h], int | float | None) for row in rows) for h in headings]
@@ -50,7 +53,7 @@ class Report:
         writer = csv.DictWriter(text, headings, lineterminator="\n")
         writer.writeheader()
         writer.writerows({h: round(v, 4) if isinstance(v, float) else v for h, v in row.items()} for row in rows)
-        write_atomic(self.out / f"{self.name}{suffix}.csv", text.getvalue().encode())
+        write_atomic(path, text.getvalue().encode())
 
     def say(self, text: str) -> None:
         """Add a paragraph to the Markdown."""
@@ -112,17 +115,19 @@ def quality(
             "PCA turns the axes, which neither L1 distances nor moduli nor products by unit survive, so that even all "
             "of its columns are worse than the model that they come from."
         )
-    if not rows:
-        return
     gaps = [row for cell in cells if cell.method == "DT" for row in _gap_rows(reproduction, cell)]
     if gaps:
         report.say(
-            "One croppable run beside a model of each dim alone, and where differences come from: validation MRR of "
-            "the best trial of DT, of MED's best trial at this very dim (less by what sharing columns costs), and of "
-            "the trial that was taken for all dims (less by what sharing its learning rate costs); and the epochs that "
-            "both had."
+            "One croppable run beside a model of each dim alone (test MRR), and what the difference is made of, by "
+            "validation MRR; what is negative is lost. Of columns: what the best of MED's trials at this very dim has "
+            "beyond DT's best trial. Of the learning rate: what the trial that was taken for all dims has beyond that. "
+            "Of training on: what MED gains from there to its best step at this dim, beyond what DT gains. Of the "
+            "step: what the step that was taken for all dims has beyond that. Validation is of few triples, and their "
+            "sum not quite the difference on test."
         )
-        report.table(gaps, suffix="_gaps")
+    report.table(gaps, suffix="_gaps")
+    if behind := [row for row in gaps if row["difference"] < -_NEAR]:
+        report.say(f"Behind DT by more than {_NEAR}: " + "; ".join(map(_why, behind)) + ".")
     trials = [row for cell in cells if cell.dim is None for row in _trial_rows(reproduction, cell)]
     if trials:
         report.say(
@@ -130,7 +135,9 @@ def quality(
             "one is not the best for another; a model of one dim has its own. Validation MRR by what was tried, and "
             "what was taken:"
         )
-        report.table(trials, suffix="_trials")
+    report.table(trials, suffix="_trials")
+    if not rows:
+        return
     with report.panels([(row["data set"], row["scorer"]) for row in rows]) as panels:
         for (dataset, scorer), axis in panels.items():
             here = [row for row in rows if (row["data set"], row["scorer"]) == (dataset, scorer)]
@@ -172,18 +179,39 @@ def _gap_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
     direct, whole = reproduction.found(cell), reproduction.found(Cell(cell.dataset, cell.scorer, "MED", None))
     if direct is None or whole is None:
         return
-    mrr_of = {record["dim"]: record["mrr"] for record in whole["records"]}
+    mrr_of, dim = {record["dim"]: record["mrr"] for record in whole["records"]}, str(cell.dim)
     judged = [trial for trial in whole["trials"] if trial["mrr"] is not None]
-    at_dim = {trial["mrr"]: trial["mrr_by_dim"].get(str(cell.dim)) for trial in judged}
+    taken = max(judged, key=lambda trial: trial["mrr"])["mrr_by_dim"].get(dim)
+    best = max((trial["mrr_by_dim"][dim] for trial in judged if dim in trial["mrr_by_dim"]), default=None)
+    direct_best = max(trial["mrr"] for trial in direct["trials"] if trial["mrr"] is not None)
+    mrr_of_step = {v["step"]: v["mrr"][dim] for v in whole["validations"]}
+    gained = None if taken is None else max(mrr_of_step.values()) - taken
+    direct_gained = max(_curve(direct, cell.dim)[1]) - direct_best if cell.dim else 0.0
     alone = direct["records"][0]["mrr"]
     yield {
         "data set": cell.dataset, "scorer": cell.scorer, "dim": cell.dim, "MED": mrr_of[cell.dim], "DT": alone,
         "difference": mrr_of[cell.dim] - alone,
-        "trials: DT": max(trial["mrr"] for trial in direct["trials"] if trial["mrr"] is not None),
-        "MED at this dim": max((mrr for mrr in at_dim.values() if mrr is not None), default=None),
-        "MED as taken": at_dim[max(at_dim)],
+        # trials keep the dims that tables show by default
+        "of columns": None if best is None else best - direct_best,
+        "of the learning rate": None if best is None or taken is None else taken - best,
+        "of training on": None if gained is None else gained - direct_gained,
+        "of the step": mrr_of_step[whole["step"]] - max(mrr_of_step.values()),
         "epochs of MED": whole["validations"][-1]["epoch"], "of DT": direct["validations"][-1]["epoch"],
     }  # fmt: skip
+
+
+def _why(row: Row) -> str:
+    """Say what costs most where MED is behind."""
+    reasons = {
+        "of columns": "columns that serve larger sub-models too",
+        "of the learning rate": "a learning rate that suits other dims better",
+        "of training on": "columns that go on serving all sub-models, while a model alone goes on to fit its own",
+        "of the step": "a step that suits other dims better",
+    }
+    costs = {name: row[name] for name in reasons if row[name] is not None}
+    most = min(costs, key=lambda name: costs[name])
+    where = f"{row['data set']}, {row['scorer']}, {row['dim']} units ({row['difference']:+.3f})"
+    return f"{where}: mostly {reasons[most]} ({costs[most]:+.3f})"
 
 
 def _trial_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
@@ -279,9 +307,10 @@ def times(report: Report, reproduction: Reproduction, cells: Sequence[Cell], pap
         reached += _reached_rows(dataset, scorer, found)
     report.table(rows)
     report.say(
-        "Minutes of processor time for all 64 sizes (10, 20, ..., 640); between the dims measured, times are "
-        "interpolated linearly, and beyond them taken to be that of the nearest. Per epoch: of all models together, "
-        "which is the ratio at equal epochs. Students: with their teacher."
+        "Minutes of processor time for all 64 sizes (10, 20, ..., 640), of training and of the trials before it; where "
+        "measured dims are some of them, others are interpolated linearly between those, and taken to be that of the "
+        "nearest beyond them (of students that is a guess: larger ones take longer). Per epoch: of all models "
+        "together, which is the ratio at equal epochs. Students and crops: with their teacher."
     )
     report.table(reached, suffix="_reached")
     report.say(
@@ -296,34 +325,51 @@ def _time_rows(
     med = found.get(("MED", None))
     med_epoch = None if med is None else _epoch_seconds(med)
 
-    def row(method: str, minutes: float, epoch_s: float | None, measured: Sequence[int]) -> Row:
+    def row(method: str, minutes: float, trials: float, epoch_s: float | None, measured: str) -> Row:
         hours, med_hours = (paper.get((dataset, m, scorer)) for m in (method, "MED"))
         return {
-            "data set": dataset, "scorer": scorer, "method": method, "minutes": minutes, "per epoch, s": epoch_s,
+            "data set": dataset, "scorer": scorer, "method": method, "minutes": minutes, "of trials": trials,
+            "per epoch, s": epoch_s,
             "times MED, per epoch": epoch_s / med_epoch if epoch_s is not None and med_epoch else None,
             "paper, h": hours, "times MED, paper": hours / med_hours if hours and med_hours else None,
-            "measured at dims": ", ".join(map(str, measured)),
+            "measured": measured,
         }  # fmt: skip
 
-    direct = {dim: f for (method, dim), f in sorted(found.items(), key=str) if method == "DT" and dim is not None}
+    def of_all(models: Mapping[int, Mapping[str, Any]], measure: Measure, dims: Sequence[int] = SIXTY_FOUR) -> float:
+        sizes = sorted(models)
+        return float(np.interp(dims, sizes, [measure(models[dim]) for dim in sizes]).sum())
+
+    def of_some(models: Mapping[int, Mapping[str, Any]]) -> str:
+        sizes = sorted(models)
+        others = "interpolated" if len(sizes) > 1 else "taken alike"
+        return f"{', '.join(map(str, sizes))}; others {others}"
+
+    by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for (method, dim), measured in found.items():
+        if dim is not None:
+            by_method.setdefault(method, {})[dim] = measured
+    direct = by_method.get("DT", {})
     if direct:
-        sizes, seconds = sorted(direct), {dim: (f["seconds"], _epoch_seconds(f)) for dim, f in direct.items()}
-        whole, epochs = (np.interp(SIXTY_FOUR, sizes, [seconds[dim][i] for dim in sizes]).sum() for i in (0, 1))
-        yield row("DT", float(whole) / 60, float(epochs), sizes)
+        minutes, trials, epochs = (of_all(direct, measure) for measure in (minutes_of, _trial_minutes, _epoch_seconds))
+        yield row("DT", minutes, trials, epochs, of_some(direct))
     if LARGEST in direct:
-        teacher = minutes_of(direct[LARGEST])
+        teacher = direct[LARGEST]
         crops = [f for (method, _), f in found.items() if method in CROPS and method != "PCA"]
         if crops:
-            slowest = max(minutes_of(crop) for crop in crops)
-            yield row("Ext", teacher + slowest, _epoch_seconds(direct[LARGEST]), [LARGEST])
+            minutes = minutes_of(teacher) + max(minutes_of(crop) for crop in crops)
+            yield row("Ext", minutes, _trial_minutes(teacher), _epoch_seconds(teacher), "all, of one model")
         for method in LESSONS:
-            students = {dim: minutes_of(f) for (m, dim), f in found.items() if m == method and dim is not None}
-            if students:
-                sizes = sorted(students)
-                total = np.interp(SIXTY_FOUR[:-1], sizes, [students[dim] for dim in sizes]).sum()
-                yield row(method, teacher + float(total), None, sizes)
+            if students := by_method.get(method):
+                minutes, trials = (
+                    m(teacher) + of_all(students, m, SIXTY_FOUR[:-1]) for m in (minutes_of, _trial_minutes)
+                )
+                yield row(method, minutes, trials, None, of_some(students))
     if med is not None:
-        yield row("MED", minutes_of(med), med_epoch, DIMS)
+        yield row("MED", minutes_of(med), _trial_minutes(med), med_epoch, "all, in one run")
+
+
+def _trial_minutes(found: Mapping[str, Any]) -> float:
+    return sum(float(trial["seconds"]) for trial in found["trials"]) / 60
 
 
 def _epoch_seconds(found: Mapping[str, Any]) -> float:
@@ -372,6 +418,11 @@ def retention(report: Report, reproduction: Reproduction, cells: Sequence[Cell])
         "of how much is answered at all: crops of a small prefix that answer next to nothing have little to lose. The "
         "paper has a picture alone."
     )
+    for dataset, scorer in dict.fromkeys((row["data set"], row["scorer"]) for row in rows):
+        of = {row["method"]: row["ARR"] for row in rows if (row["data set"], row["scorer"]) == (dataset, scorer)}
+        if {"MED", "DT"} <= set(of):
+            less = "less" if of["MED"] < of["DT"] else "more"
+            report.say(f"{dataset}, {scorer}: MED retains {less} ({of['MED']:.3f}) than DT does ({of['DT']:.3f}).")
     if rows:
         with report.panels([(row["data set"], row["scorer"]) for row in rows]) as panels:
             for (dataset, scorer), axis in panels.items():
