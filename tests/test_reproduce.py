@@ -2,8 +2,8 @@
 
 import csv
 import json
-import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,17 +40,18 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def command(place: Path, table: str, *options: str, scorer: str = "TransE") -> list[str]:
+    return [
+        sys.executable, str(ROOT / "tools" / "reproduce.py"), table, "--datasets", "WN18RR", "--scorers",
+        scorer, "--data-dir", str(place), "--runs-dir", str(place / "runs"), "--out", str(place / "out"),
+        "--paper-dir", str(place / "paper"), "--epochs", "20", "--trial-epochs", "5", *options,
+    ]  # fmt: skip
+
+
 def reproduce(
     place: Path, table: str, *options: str, scorer: str = "TransE", exit_code: int = 0
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    done = subprocess.run(
-        [
-            sys.executable, str(ROOT / "tools" / "reproduce.py"), table, "--datasets", "WN18RR", "--scorers",
-            scorer, "--data-dir", str(place), "--runs-dir", str(place / "runs"), "--out", str(place / "out"),
-            "--paper-dir", str(place / "paper"), "--epochs", "20", "--trial-epochs", "5", *options,
-        ],
-        env=dict(os.environ), capture_output=True, text=True,
-    )  # fmt: skip
+    done = subprocess.run(command(place, table, *options, scorer=scorer), capture_output=True, text=True)
     assert done.returncode == exit_code, done.stderr
     return done
 
@@ -104,6 +105,28 @@ def test_a_table_grows_cell_by_cell(place: Path) -> None:
         place, "table3", "--methods", "DT", "--dims", "640", "--epochs", "3", exit_code=CheckpointError.exit_code
     )
     assert "wn18rr_transe_dt_640.json was made otherwise: --budget 20 --epochs 20 --trial-epochs 5 -> " in other.stderr
+
+
+@pytest.mark.slow
+def test_what_is_interrupted_goes_on(place: Path) -> None:
+    options = ("--methods", "DT", "--dims", "10", "--epochs", "400")
+    run_directory = place / "runs" / "wn18rr_transe_dt_10"
+    first = subprocess.Popen(command(place, "table3", *options), stderr=subprocess.PIPE, text=True)
+    assert first.stderr is not None
+    for line in first.stderr:
+        if run_directory.exists() and " epoch " in line:  # its trials come before
+            first.terminate()
+            break
+    first.communicate()
+    assert first.returncode == 128 + signal.SIGTERM
+    spent = json.loads((run_directory / "cut_off.json").read_text())["seconds"]
+    assert not list((place / "out" / "cells").iterdir())
+    again = reproduce(place, "table3", *options)
+    assert "trial" not in again.stderr.replace("--trial", "")
+    cell = json.loads((place / "out" / "cells" / "wn18rr_transe_dt_10.json").read_text())
+    assert [v["epoch"] for v in cell["validations"]] == list(range(5, 401, 5))
+    assert cell["seconds"] > spent > 0
+    assert not (run_directory / "cut_off.json").exists()
 
 
 @pytest.mark.slow

@@ -14,19 +14,20 @@
   stands beside models of each of its dims alone; strengths of the regularizer are what is tried there.
 
 What is missing is trained, the rest is read: each cell is one JSON file under tools/bench/results/reproduce/cells, so
-that a table grows run by run, and the same command goes on where it was stopped. At the end the table is written as
+that a table grows run by run, and the same command goes on where it was stopped (Ctrl-C, SIGTERM; a model that was
+killed outright begins anew, since the time it took is unknown). At the end the table is written as
 Markdown, CSV and PNG, of all cells that are there: the paper's value, ours, their difference, the time it took.
 
 Protocol: each model first gets trials by the same rule (learning rates) of the same number of epochs, compared by
 validation MRR, and is then trained anew with the best for `--epochs`, or as many as the trials' pace lets into
 `--budget` minutes of processor time (20: ten minutes of two cores), and then says so; learning rates fall linearly to 0
 over trials and models alike. The step that was best on validation is ranked on the whole test split: filtered, both
-sides, realistic ranks for ties, all entities. MED is tuned once for all its dims, by the mean of those shown, each
-other model for its own. Students have the epochs of one model beside their teacher's; so has TA's assistant, and the
-models between a student of IterDE and its teacher have half of them each. All models weigh triples by their own
+sides, realistic ranks for ties, all entities. MED is tuned once for all its dims, by the mean of those shown (its step
+by that of all), each other model for its own. Learning rates are four, and up to two larger ones for whichever model
+the largest so far suits best. Students have the epochs of one model beside their teacher's; so has TA's assistant, and
+the models between a student of IterDE and its teacher have half of them each. All models weigh triples by their own
 scores, of one size or of many, where the paper's MED weighs them by the next smaller sub-model's: "w/o EIM" means equal
 weights here. Sub-models learn from the next larger one alone, by probabilities; in the paper both ways, by scores.
-Learning rates are four, and up to two larger ones for whichever model the largest so far suits best.
 """
 
 import argparse

@@ -195,22 +195,27 @@ class Reproduction:
     def _trained(self, job: Job) -> tuple[Job, float, bool]:
         """Train a job until its budget is spent, or find it trained; return it, the seconds, and whether they ran out.
 
-        A job fits its budget by its trials' pace, which is forgiven a tenth.
+        A job fits its budget by its trials' pace, which is forgiven a tenth. What was interrupted goes on; what was
+        killed outright told no time, and begins anew.
         """
         run_directory, budget = self.runs_dir / job.name, self.settings.budget
-        told = run_directory / "trained.json"
-        if told.exists() and load_job(run_directory / "job.yaml") == job:
-            trained = json.loads(told.read_text())
-            if trained["budget"] == budget:
-                return job, trained["seconds"], trained["out_of_time"]
-        if run_directory.exists():
-            shutil.rmtree(run_directory)  # its minutes are unknown
-        start = CLOCK()
-        with time_limit(1.1 * budget, CLOCK) as rang:
+        told, cut_off = run_directory / "trained.json", run_directory / "cut_off.json"
+        begun = run_directory / "job.yaml"
+        same = begun.exists() and load_job(begun) == job
+        trained = json.loads(told.read_text()) if same and told.exists() else None
+        if trained is not None and trained["budget"] == budget:
+            return job, trained["seconds"], trained["out_of_time"]
+        earlier = json.loads(cut_off.read_text())["seconds"] if same and cut_off.exists() else 0.0
+        if run_directory.exists() and not earlier:
+            shutil.rmtree(run_directory)
+        cut_off.unlink(missing_ok=True)
+        start = CLOCK() - earlier
+        with time_limit(1.1 * budget - earlier / 60, CLOCK) as rang:
             outcome, number = train(job, self._graph(job), run_directory)
-        if outcome is Outcome.INTERRUPTED and not rang.is_set():
-            sys.exit(128 + (number or 15))
         seconds = CLOCK() - start
+        if outcome is Outcome.INTERRUPTED and not rang.is_set():
+            write_json(cut_off, {"seconds": seconds})
+            sys.exit(128 + (number or 15))
         write_json(told, {"budget": budget, "seconds": seconds, "out_of_time": rang.is_set()})
         return job, seconds, rang.is_set()
 
