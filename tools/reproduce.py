@@ -230,8 +230,20 @@ def _main(arguments: argparse.Namespace) -> int:
             quality(report, reproduction, cells, SIXTY_FOUR, papers_quality(arguments.paper_dir))
         case _:
             quality(report, reproduction, cells, dims, papers_quality(arguments.paper_dir))
+    for settings, names in settings_of(reproduction, cells).items():
+        report.say(f"Filled with `{settings}`: {', '.join(names)}.")
     report.write()
     return 0
+
+
+def settings_of(reproduction: Reproduction, cells: Sequence[Cell]) -> dict[str, list[str]]:
+    """Return the names of trained cells by what they were given."""
+    names: dict[str, list[str]] = {}
+    for cell in cells:
+        found = reproduction.found(cell) or {}
+        if "settings" in found:
+            names.setdefault(str(Settings(**found["settings"])), []).append(cell.name)
+    return names
 
 
 if __name__ == "__main__":
