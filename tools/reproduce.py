@@ -54,7 +54,10 @@ from reproduction.cells import (
     Cell,
 )
 from reproduction.filling import Reproduction, Settings
-from reproduction.tables import Report, clusters, efficiency, quality, retention, times
+from reproduction.pictures import clusters, retention
+from reproduction.quality import efficiency, quality
+from reproduction.report import Report
+from reproduction.times import times
 
 from medscale.config import DISTANCES
 from medscale.logs import log

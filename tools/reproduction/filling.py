@@ -50,7 +50,7 @@ from reproduction.cells import (
     tries_of,
 )
 
-__all__ = ["CLOCK", "Reproduction", "Settings", "correct_answers"]
+__all__ = ["CLOCK", "Reproduction", "Settings", "correct_answers", "curve_of", "minutes_of"]
 
 #: budgets and times are of processor time, all threads together, so that other work on the machine takes none of it; on
 #: a GPU, whose work that does not count, of the clock on the wall
@@ -331,3 +331,15 @@ def correct_answers(found: Mapping[str, Any]) -> dict[int, NDArray[np.bool_]]:
         int(dim): np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8), count=number).astype(bool)
         for dim, bits in found["answered"].items()
     }
+
+
+def minutes_of(found: Mapping[str, Any]) -> float:
+    """Return the minutes that a cell's model took, with what stood between it and its teacher."""
+    return float(found["seconds"] + found.get("earlier_seconds", 0)) / 60
+
+
+def curve_of(found: Mapping[str, Any], dim: int) -> tuple[list[float], list[float]]:
+    """Return minutes and validation MRR of a dim; epochs are taken to be equally long."""
+    validations = [v for v in found["validations"] if str(dim) in v["mrr"]]
+    per_epoch = minutes_of(found) / found["validations"][-1]["epoch"]
+    return [v["epoch"] * per_epoch for v in validations], [v["mrr"][str(dim)] for v in validations]

@@ -1,0 +1,118 @@
+"""What all 64 sizes cost by each method, and how soon one croppable run is as good as direct training."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from reproduction.cells import CROPS, DIMS, LARGEST, LESSONS, SIXTY_FOUR, Cell
+from reproduction.filling import Reproduction, curve_of, minutes_of
+from reproduction.report import NEAR, Report, Row
+
+__all__ = ["times"]
+
+Measure = Callable[[Mapping[str, Any]], float]
+
+
+def times(report: Report, reproduction: Reproduction, cells: Sequence[Cell], paper: Mapping[Any, float]) -> None:
+    """Add the time of 64 sizes by every method, and the time in which one croppable run reaches direct training."""
+    rows: list[Row] = []
+    reached: list[Row] = []
+    for dataset, scorer in dict.fromkeys((cell.dataset, cell.scorer) for cell in cells):
+        found = {
+            (cell.method, cell.dim): measured
+            for cell in cells
+            if (cell.dataset, cell.scorer) == (dataset, scorer) and (measured := reproduction.found(cell)) is not None
+        }
+        rows += _time_rows(dataset, scorer, found, paper)
+        reached += _reached_rows(dataset, scorer, found)
+    report.table(rows)
+    report.say(
+        "Minutes of processor time for all 64 sizes (10, 20, ..., 640), of training and of the trials before it; where "
+        "measured dims are some of them, others are interpolated linearly between those, and taken to be that of the "
+        "nearest beyond them (of students that is a guess: larger ones take longer). Per epoch: of all models "
+        "together, which is the ratio at equal epochs. Students and crops: with their teacher."
+    )
+    report.table(reached, suffix="_reached")
+    report.say(
+        f"Minutes until validation MRR came within {NEAR} of the best that direct training reached at that dim: of "
+        "that model itself, of the one croppable run, and how good the latter became; empty: not within its budget."
+    )
+
+
+def _time_rows(
+    dataset: str, scorer: str, found: Mapping[tuple[str, int | None], Mapping[str, Any]], paper: Mapping[Any, float]
+) -> Iterator[Row]:
+    med = found.get(("MED", None))
+    med_epoch = None if med is None else _epoch_seconds(med)
+
+    def row(method: str, minutes: float, trials: float, epoch_s: float | None, measured: str) -> Row:
+        hours, med_hours = (paper.get((dataset, m, scorer)) for m in (method, "MED"))
+        return {
+            "data set": dataset, "scorer": scorer, "method": method, "minutes": minutes, "of trials": trials,
+            "per epoch, s": epoch_s,
+            "times MED, per epoch": epoch_s / med_epoch if epoch_s is not None and med_epoch else None,
+            "paper, h": hours, "times MED, paper": hours / med_hours if hours and med_hours else None,
+            "measured": measured,
+        }  # fmt: skip
+
+    def of_all(models: Mapping[int, Mapping[str, Any]], measure: Measure, dims: Sequence[int] = SIXTY_FOUR) -> float:
+        sizes = sorted(models)
+        return float(np.interp(dims, sizes, [measure(models[dim]) for dim in sizes]).sum())
+
+    def of_some(models: Mapping[int, Mapping[str, Any]]) -> str:
+        sizes = sorted(models)
+        others = "interpolated" if len(sizes) > 1 else "taken alike"
+        return f"{', '.join(map(str, sizes))}; others {others}"
+
+    by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for (method, dim), measured in found.items():
+        if dim is not None:
+            by_method.setdefault(method, {})[dim] = measured
+    direct = by_method.get("DT", {})
+    if direct:
+        minutes, trials, epochs = (of_all(direct, measure) for measure in (minutes_of, _trial_minutes, _epoch_seconds))
+        yield row("DT", minutes, trials, epochs, of_some(direct))
+    if LARGEST in direct:
+        teacher = direct[LARGEST]
+        crops = [f for (method, _), f in found.items() if method in CROPS and method != "PCA"]
+        if crops:
+            minutes = minutes_of(teacher) + max(minutes_of(crop) for crop in crops)
+            yield row("Ext", minutes, _trial_minutes(teacher), _epoch_seconds(teacher), "all, of one model")
+        for method in LESSONS:
+            if students := by_method.get(method):
+                minutes, trials = (
+                    m(teacher) + of_all(students, m, SIXTY_FOUR[:-1]) for m in (minutes_of, _trial_minutes)
+                )
+                yield row(method, minutes, trials, None, of_some(students))
+    if med is not None:
+        yield row("MED", minutes_of(med), _trial_minutes(med), med_epoch, "all, in one run")
+
+
+def _trial_minutes(found: Mapping[str, Any]) -> float:
+    return sum(float(trial["seconds"]) for trial in found["trials"]) / 60
+
+
+def _epoch_seconds(found: Mapping[str, Any]) -> float:
+    return float(found["seconds"]) / int(found["validations"][-1]["epoch"])
+
+
+def _reached_rows(
+    dataset: str, scorer: str, found: Mapping[tuple[str, int | None], Mapping[str, Any]]
+) -> Iterator[Row]:
+    med = found.get(("MED", None))
+    for dim in DIMS:
+        direct = found.get(("DT", dim))
+        if med is None or direct is None:
+            continue
+        wanted = max(curve_of(direct, dim)[1])
+        yield {
+            "data set": dataset, "scorer": scorer, "dim": dim, "valid MRR, DT": wanted,
+            "minutes, DT": _minutes_to(curve_of(direct, dim), wanted - NEAR),
+            "minutes, MED": _minutes_to(curve_of(med, dim), wanted - NEAR),
+            "valid MRR, MED": max(curve_of(med, dim)[1]),
+        }  # fmt: skip
+
+
+def _minutes_to(curve: tuple[list[float], list[float]], mrr: float) -> float | None:
+    return next((minutes for minutes, reached in zip(*curve, strict=True) if reached >= mrr), None)
