@@ -118,7 +118,7 @@ class Reproduction:
         if differs:
             raise CheckpointError(
                 f"{self.cells / cell.name}.json was made otherwise: {'; '.join(differs)}; ask for what was, give "
-                "another --out and --runs-dir, or remove it to train it anew"
+                "another --out and --runs-dir, or remove it, and what is made of its model, to train it anew"
             )
 
     # -- training -----------------------------------------------------------------------------------------

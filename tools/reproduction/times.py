@@ -70,7 +70,7 @@ def _time_rows(
         if dim is not None:
             by_method.setdefault(method, {})[dim] = measured
     direct = by_method.get("DT", {})
-    if direct:
+    if LARGEST in direct and len(direct) > 1:
         minutes, trials, epochs = (of_all(direct, measure) for measure in (minutes_of, _trial_minutes, _epoch_seconds))
         yield row("DT", minutes, trials, epochs, of_some(direct))
     if LARGEST in direct:
