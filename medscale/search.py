@@ -88,8 +88,9 @@ def search(
     """Try the job with each of the chosen values, but for those tried before; return all trials of the directory.
 
     `minutes`, by the clock on the wall or another, end a trial's training, which is then judged as it is. A trial that
-    was cut off goes on from its newest step, or, where its time is limited, begins anew. The second result is the
-    number of the signal that ended the search early, if one did.
+    was cut off goes on from its newest step; it begins anew where its time is limited, and where it was killed outright
+    and another clock than that on the wall tells the time. The second result is the number of the signal that ended the
+    search early, if one did.
 
     Raises:
         ConfigError: the job never validates, or a value is wrong.
@@ -121,9 +122,10 @@ def _try(
     clock: Callable[[], float], cut_off: Path,
 ) -> tuple[Trial | None, int | None]:  # fmt: skip
     begun = run_directory / "job.yaml"
-    if run_directory.exists() and (minutes is not None or not begun.exists() or load_job(begun) != job):
+    # What was killed outright told no time: by the clock on the wall it counts from here on, by another all counts.
+    unknown = clock is not time.monotonic and not cut_off.exists()
+    if run_directory.exists() and (minutes is not None or unknown or not begun.exists() or load_job(begun) != job):
         shutil.rmtree(run_directory)
-    # what was killed outright told nothing, and counts from here on
     goes_on = run_directory.exists() and cut_off.exists()
     start = clock() - (json.loads(cut_off.read_text())["seconds"] if goes_on else 0.0)
     cut_off.unlink(missing_ok=True)

@@ -12,9 +12,9 @@ from medscale.search import Trial
 from medscale.trainer import initial_scale
 
 __all__ = [
-    "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "NUM_TRIALS", "RATES", "RECIPE",
-    "RECIPES", "RECIPE_DIMS", "SCORERS", "SHOWN", "SIXTY_FOUR", "STAGES", "SUB_MODELS", "Cell", "mean_mrr", "rate_of",
-    "tries_of",
+    "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "NUM_TRIALS", "NUM_VALID", "RATES",
+    "RECIPE", "RECIPES", "RECIPE_DIMS", "SCORERS", "SHOWN", "SIXTY_FOUR", "STAGES", "SUB_MODELS", "Cell", "mean_mrr",
+    "rate_of", "tries_of",
 ]  # fmt: skip
 
 DATASETS = ("WN18RR", "FB15k-237")
@@ -70,6 +70,9 @@ _RELATION_RATE = 0.05
 #: learns from the half on, and its student of 10 units at .074 instead of .095
 STAGES: Mapping[Lesson, float] = {"dualde": 0.8, "iterde": 0.5}
 
+#: triples that trials and steps are compared by
+NUM_VALID = 500
+
 _JOBS = Path(__file__).resolve().parents[2] / "jobs"
 # Neighbours compare probabilities: Huber's loss of logits (the paper's) never stops pulling at easy negatives, whose
 # logits grow with the model, until it outweighs the loss on the labels.
@@ -93,7 +96,7 @@ train:
   epochs: {epochs}
   batch_size: 1024
   validate_every: 5
-  valid_triples: 500
+  valid_triples: {num_valid}
 checkpoint: {{every_steps: 100000}}
 """
 
@@ -128,7 +131,8 @@ class Cell:
         dims = SUB_MODELS.get(self.method, SIXTY_FOUR) if dim is None else (dim,)
         text = _JOB.format(
             name=self.name, files=self.dataset, scorer=SCORERS[self.scorer], dims=list(dims), epochs=epochs,
-            encoder=encoder, tiers=", ".join(f"d{dim}: {dim}" for dim in dims if len(dims) == 1 or dim in DIMS),
+            num_valid=NUM_VALID, encoder=encoder,
+            tiers=", ".join(f"d{dim}: {dim}" for dim in dims if len(dims) == 1 or dim in DIMS),
         )  # fmt: skip
         return with_values(parse_job(text, self.name), ABLATIONS.get(self.method, {}), self.name)
 

@@ -50,11 +50,15 @@ from reproduction.cells import (
     tries_of,
 )
 
-__all__ = ["CLOCK", "Reproduction", "Settings", "correct_answers", "curve_of", "minutes_of"]
+__all__ = ["CLOCK", "Reproduction", "Settings", "correct_answers", "curve_of", "cut_short", "minutes_of"]
 
-#: budgets and times are of processor time, all threads together, so that other work on the machine takes none of it; on
-#: a GPU, whose work that does not count, of the clock on the wall
+#: budgets and times are of processor time, all threads together, so that other work on the machine takes little of it
+#: (shared caches and memory make a second still worth up to a quarter less); on a GPU, whose work that does not count,
+#: of the clock on the wall
 CLOCK = time.monotonic if torch.cuda.is_available() else time.process_time
+
+#: in the directory of a run that came to its end: what it took
+_END = "trained.json"
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Reproduction:
         assert cell.dim is not None
         method, teacher, teacher_dim, epochs = LESSONS[cell.method], cell.teacher.name, LARGEST, self.settings.epochs
         self._run_of(cell.teacher)
-        earlier, cut_short = 0.0, False
+        earlier, earlier_trials, cut_short = 0.0, 0.0, False
 
         def job_of(epochs: int, dim: int = cell.dim, name: str = cell.name) -> Job:
             direct = cell.job(epochs, dim)
@@ -141,7 +145,8 @@ class Reproduction:
             multiple = self._multiple(cell.teacher)
             for dim in chain(cell.dim, teacher_dim)[1:-1]:
                 job = job_of(max(1, epochs // 2), dim, f"{cell.name}_over_{dim}")
-                _, seconds, rang = self._trained(with_values(job, rate_of(job, multiple), job.name))
+                job = with_values(job, rate_of(job, multiple), job.name)
+                _, seconds, rang = self._trained(job, 1.1 * self.settings.budget)
                 earlier, teacher, teacher_dim, cut_short = earlier + seconds, job.name, dim, cut_short or rang
         elif method == "ta":
             between = [dim for dim in DIMS if cell.dim < dim < LARGEST] or [(cell.dim + LARGEST) // 20 * 10]
@@ -151,10 +156,12 @@ class Reproduction:
             assistant = Cell(cell.dataset, cell.scorer, "BKD", teacher_dim)
             taught = self.fill(assistant)
             earlier, cut_short, teacher = taught["seconds"], taught["out_of_time"], self._run_of(assistant).name
+            earlier_trials = sum(trial["seconds"] for trial in taught["trials"])
         job, seconds, out_of_time, trials = self._tuned(job_of, cell.name, epochs)
         self._write_run(
-            cell, job, seconds, out_of_time or cut_short, trials, teacher=teacher, earlier_seconds=round(earlier, 1)
-        )
+            cell, job, seconds, out_of_time or cut_short, trials, teacher=teacher, earlier_seconds=round(earlier, 1),
+            earlier_trial_seconds=round(earlier_trials, 1),
+        )  # fmt: skip
 
     def _multiple(self, cell: Cell) -> float:
         """Return the learning rate of a trained cell as a multiple of the size of its initial columns."""
@@ -172,7 +179,7 @@ class Reproduction:
         seconds = statistics.median(trial.seconds for trial in trials if trial.mrr is not None)
         job = job_of(max(1, min(epochs, int(60 * self.settings.budget / seconds * self.settings.trial_epochs))))
         watch_dim = job.train.watch_dim
-        job, seconds, rang = self._trained(with_values(job, best.values, name))
+        job, seconds, rang = self._trained(with_values(job, best.values, name), 1.1 * self.settings.budget)
         return job, seconds, rang or job.train.epochs < epochs, [tried(trial, watch_dim) for trial in trials]
 
     def _trials(self, job: Job, name: str) -> tuple[list[Trial], Trial]:
@@ -188,21 +195,25 @@ class Reproduction:
             if not judged:
                 sys.exit(f"{name}: all trials diverged")
             best = max(judged, key=lambda trial: mean_mrr(trial, job.train.watch_dim))
-            if best.values != tries[number - 1] or number == len(tries):
+            if best.values != tries[len(trials) - 1] or len(trials) == len(tries):
                 return trials, best
-            number += 1
+            number = len(trials) + 1
 
-    def _trained(self, job: Job) -> tuple[Job, float, bool]:
-        """Train a job until its budget is spent, or find it trained; return it, the seconds, and whether they ran out.
+    def _is_begun(self, job: Job) -> bool:
+        """Whether the run directory is this very job's."""
+        begun = self.runs_dir / job.name / "job.yaml"
+        return begun.exists() and load_job(begun) == job
+
+    def _trained(self, job: Job, minutes: float | None) -> tuple[Job, float, bool]:
+        """Train a job until its time is over, or find it trained; return it, the seconds, and whether they ran out.
 
         A job fits its budget by its trials' pace, which is forgiven a tenth. What was interrupted goes on; what was
         killed outright told no time, and begins anew.
         """
         run_directory, budget = self.runs_dir / job.name, self.settings.budget
-        told, cut_off = run_directory / "trained.json", run_directory / "cut_off.json"
-        begun = run_directory / "job.yaml"
-        same = begun.exists() and load_job(begun) == job
-        trained = json.loads(told.read_text()) if same and told.exists() else None
+        end, cut_off = run_directory / _END, run_directory / "cut_off.json"
+        same = self._is_begun(job)
+        trained = json.loads(end.read_text()) if same and end.exists() else None
         if trained is not None and trained["budget"] == budget:
             return job, trained["seconds"], trained["out_of_time"]
         earlier = json.loads(cut_off.read_text())["seconds"] if same and cut_off.exists() else 0.0
@@ -210,13 +221,13 @@ class Reproduction:
             shutil.rmtree(run_directory)
         cut_off.unlink(missing_ok=True)
         start = CLOCK() - earlier
-        with time_limit(1.1 * budget - earlier / 60, CLOCK) as rang:
+        with time_limit(None if minutes is None else minutes - earlier / 60, CLOCK) as rang:
             outcome, number = train(job, self._graph(job), run_directory)
         seconds = CLOCK() - start
         if outcome is Outcome.INTERRUPTED and not rang.is_set():
             write_json(cut_off, {"seconds": seconds})
             sys.exit(128 + (number or 15))
-        write_json(told, {"budget": budget, "seconds": seconds, "out_of_time": rang.is_set()})
+        write_json(end, {"budget": budget, "seconds": seconds, "out_of_time": rang.is_set()})
         return job, seconds, rang.is_set()
 
     def _write_run(
@@ -274,13 +285,14 @@ class Reproduction:
 
     def _run_of(self, cell: Cell) -> Path:
         """Return the run directory of a cell that others need: what was measured may be there without its model."""
-        found = self.fill(cell)
-        if not (self.runs_dir / cell.name).exists():
+        job = parse_job(self.fill(cell)["job"], cell.name)
+        run_directory = self.runs_dir / cell.name
+        if not (self._is_begun(job) and (run_directory / _END).exists()):
             if cell.method in LESSONS:
                 self._run_of(cell.teacher)
             log(f"{cell.name}: trained anew, for its model is not under {self.runs_dir}, and others are made of it")
-            self._trained(parse_job(found["job"], cell.name))
-        return self.runs_dir / cell.name
+            self._trained(job, None)  # whose epochs are what its budget allowed
+        return run_directory
 
     def _write(self, cell: Cell, ranks: Ranks, measured: Mapping[str, Any]) -> None:
         records = field_records(ranks)
@@ -336,6 +348,14 @@ def correct_answers(found: Mapping[str, Any]) -> dict[int, NDArray[np.bool_]]:
 def minutes_of(found: Mapping[str, Any]) -> float:
     """Return the minutes that a cell's model took, with what stood between it and its teacher."""
     return float(found["seconds"] + found.get("earlier_seconds", 0)) / 60
+
+
+def cut_short(found: Mapping[str, Any]) -> str:
+    """Say how a budget cut a model short: epochs that its pace did not allow, or a training that was stopped."""
+    if not found.get("out_of_time"):
+        return ""
+    epochs = parse_job(found["job"], found["method"]).train.epochs
+    return "fewer epochs" if epochs < found["settings"]["epochs"] else "stopped"
 
 
 def curve_of(found: Mapping[str, Any], dim: int) -> tuple[list[float], list[float]]:

@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from reproduction.cells import DIMS, SIXTY_FOUR, Cell
-from reproduction.filling import Reproduction, curve_of, minutes_of
+from reproduction.cells import DIMS, NUM_VALID, SIXTY_FOUR, Cell
+from reproduction.filling import Reproduction, curve_of, cut_short, minutes_of
 from reproduction.report import NEAR, Report, Row
 
 __all__ = ["efficiency", "quality"]
 
 #: the sub-model of MED in table 4
 _MED_DIM = 40
+#: the parts of what MED is beyond DT
+_TRIALS, _RATE, _LATER, _STEP = "in trials", "by the shared rate", "later", "by the shared step"
 
 
 def quality(
@@ -34,15 +36,15 @@ def quality(
     if gaps:
         report.say(
             "One croppable run beside a model of each dim alone (test MRR), and what the difference is made of, by "
-            "validation MRR; what is negative is lost. Of columns: what the best of MED's trials at this very dim has "
-            "beyond DT's best trial. Of the learning rate: what the trial that was taken for all dims has beyond that. "
-            "Of training on: what MED gains from there to its best step at this dim, beyond what DT gains. Of the "
-            "step: what the step that was taken for all dims has beyond that. Validation is of few triples, and their "
-            "sum not quite the difference on test."
+            "validation MRR; what is negative is lost. In trials: what the best of MED's at this very dim has beyond "
+            "DT's best (columns that are shared, and their size at the start). By the shared rate: what the trial that "
+            "was taken for all dims has beyond that. Later: what MED gains from there to its best step at this dim, "
+            "beyond what DT gains. By the shared step: what the step that was taken for all dims has beyond that. Left "
+            f"over: what test says beyond validation, which is of {NUM_VALID} triples."
         )
     report.table(gaps, suffix="_gaps")
     if behind := [row for row in gaps if row["difference"] < -NEAR]:
-        report.say(f"Behind DT by more than {NEAR}: " + "; ".join(map(_why, behind)) + ".")
+        report.say(f"Behind DT by more than {NEAR}, and what most of it is: " + "; ".join(map(_why, behind)) + ".")
     trials = [row for cell in cells if cell.dim is None for row in _trial_rows(reproduction, cell)]
     if trials:
         report.say(
@@ -85,7 +87,7 @@ def _quality_rows(
             "MRR": record["mrr"], "paper": mrr, "difference": None if mrr is None else record["mrr"] - mrr,
             "Hits@10": record["hits@10"], "paper's Hits@10": hits, "minutes": minutes_of(found),
             "epochs": found["validations"][-1]["epoch"] if "validations" in found else None,
-            "cut short by its budget": "yes" if found.get("out_of_time") else "",
+            "cut short by its budget": cut_short(found),
         }  # fmt: skip
 
 
@@ -94,39 +96,49 @@ def _gap_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
     direct, whole = reproduction.found(cell), reproduction.found(Cell(cell.dataset, cell.scorer, "MED", None))
     if direct is None or whole is None:
         return
-    mrr_of, dim = {record["dim"]: record["mrr"] for record in whole["records"]}, str(cell.dim)
-    judged = [trial for trial in whole["trials"] if trial["mrr"] is not None]
-    taken = max(judged, key=lambda trial: trial["mrr"])["mrr_by_dim"].get(dim)
-    best = max((trial["mrr_by_dim"][dim] for trial in judged if dim in trial["mrr_by_dim"]), default=None)
-    direct_best = max(trial["mrr"] for trial in direct["trials"] if trial["mrr"] is not None)
-    mrr_of_step = {v["step"]: v["mrr"][dim] for v in whole["validations"]}
-    gained = None if taken is None else max(mrr_of_step.values()) - taken
-    direct_gained = max(curve_of(direct, cell.dim)[1]) - direct_best if cell.dim else 0.0
-    alone = direct["records"][0]["mrr"]
+    assert cell.dim is not None
+    mrr, alone = next(r["mrr"] for r in whole["records"] if r["dim"] == cell.dim), direct["records"][0]["mrr"]
+    parts = _parts(direct, whole, str(cell.dim))
     yield {
-        "data set": cell.dataset, "scorer": cell.scorer, "dim": cell.dim, "MED": mrr_of[cell.dim], "DT": alone,
-        "difference": mrr_of[cell.dim] - alone,
-        # trials keep the dims that tables show by default
-        "of columns": None if best is None else best - direct_best,
-        "of the learning rate": None if best is None or taken is None else taken - best,
-        "of training on": None if gained is None else gained - direct_gained,
-        "of the step": mrr_of_step[whole["step"]] - max(mrr_of_step.values()),
+        "data set": cell.dataset, "scorer": cell.scorer, "dim": cell.dim, "MED": mrr, "DT": alone,
+        "difference": mrr - alone, **parts,
+        "left over": None if None in parts.values() else mrr - alone - sum(part or 0.0 for part in parts.values()),
         "epochs of MED": whole["validations"][-1]["epoch"], "of DT": direct["validations"][-1]["epoch"],
     }  # fmt: skip
 
 
+def _parts(direct: Mapping[str, Any], whole: Mapping[str, Any], dim: str) -> dict[str, float | None]:
+    """Return what MED's validation MRR at a dim is beyond DT's, part by part; None where its trials do not tell."""
+    judged = [trial for trial in whole["trials"] if trial["mrr"] is not None]
+    taken = max(judged, key=lambda trial: trial["mrr"])["mrr_by_dim"].get(dim)
+    mrr_of_step = {v["step"]: v["mrr"][dim] for v in whole["validations"]}
+    best_step = max(mrr_of_step.values())
+    of_step = {_STEP: mrr_of_step[whole["step"]] - best_step}
+    if taken is None:  # trials keep the dims that tables show by default
+        return {_TRIALS: None, _RATE: None, _LATER: None, **of_step}
+    best = max(trial["mrr_by_dim"][dim] for trial in judged)
+    direct_best = max(trial["mrr"] for trial in direct["trials"] if trial["mrr"] is not None)
+    direct_gain = max(curve_of(direct, int(dim))[1]) - direct_best
+    return {_TRIALS: best - direct_best, _RATE: taken - best, _LATER: best_step - taken - direct_gain, **of_step}
+
+
 def _why(row: Row) -> str:
-    """Say what costs most where MED is behind."""
+    """Say what half of the difference or more is, where MED is behind."""
+    fewer = row["epochs of MED"] < row["of DT"]
     reasons = {
-        "of columns": "columns that serve larger sub-models too",
-        "of the learning rate": "a learning rate that suits other dims better",
-        "of training on": "columns that go on serving all sub-models, while a model alone goes on to fit its own",
-        "of the step": "a step that suits other dims better",
+        _TRIALS: "what it has after the epochs of trials: columns that are shared, and their size at the start",
+        _RATE: "a learning rate that suits other dims better",
+        _LATER: "less gained later"
+        + (", in fewer epochs" if fewer else ", while a model alone goes on to fit its own"),
+        _STEP: "a step that suits other dims better",
+        "left over": "not to be seen on validation",
     }
-    costs = {name: row[name] for name in reasons if row[name] is not None}
-    most = min(costs, key=lambda name: costs[name])
     where = f"{row['data set']}, {row['scorer']}, {row['dim']} units ({row['difference']:+.3f})"
-    return f"{where}: mostly {reasons[most]} ({costs[most]:+.3f})"
+    costs = {reason: row[name] for name, reason in reasons.items() if row[name] is not None}
+    most = min(costs, key=lambda reason: costs[reason])
+    if costs[most] > row["difference"] / 2:
+        return f"{where}: none of the parts"
+    return f"{where}: {most} ({costs[most]:+.3f})"
 
 
 def _trial_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
@@ -182,7 +194,7 @@ def efficiency(
                 "paper's": theirs.get("params_million"), "MRR": record["mrr"], "paper": theirs.get("MRR"),
                 "Hits@10": record["hits@10"], "paper's Hits@10": theirs.get("Hit@10"),
                 "MRR / million": record["mrr"] / millions, "paper's Effi": theirs.get("Effi"),
-                "minutes": minutes_of(found), "cut short by its budget": "yes" if found.get("out_of_time") else "",
+                "minutes": minutes_of(found), "cut short by its budget": cut_short(found),
             })  # fmt: skip
     report.table(rows)
     missing = [cell.name for cell in cells if reproduction.found(cell) is None]

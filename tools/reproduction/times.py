@@ -29,9 +29,10 @@ def times(report: Report, reproduction: Reproduction, cells: Sequence[Cell], pap
     report.table(rows)
     report.say(
         "Minutes of processor time for all 64 sizes (10, 20, ..., 640), of training and of the trials before it; where "
-        "measured dims are some of them, others are interpolated linearly between those, and taken to be that of the "
-        "nearest beyond them (of students that is a guess: larger ones take longer). Per epoch: of all models "
-        "together, which is the ratio at equal epochs. Students and crops: with their teacher."
+        "measured dims are some of them, others are interpolated linearly between those; students of other dims are "
+        "taken to be as those measured of all students, which is a guess: larger ones take longer. Per epoch: of all "
+        "models together, which is the ratio at equal epochs. Students and crops: with their teacher, TA's each with "
+        "its assistant, IterDE's with those between. Seconds differ by up to a quarter with what else the machine did."
     )
     report.table(reached, suffix="_reached")
     report.say(
@@ -63,7 +64,8 @@ def _time_rows(
     def of_some(models: Mapping[int, Mapping[str, Any]]) -> str:
         sizes = sorted(models)
         others = "interpolated" if len(sizes) > 1 else "taken alike"
-        return f"{', '.join(map(str, sizes))}; others {others}"
+        short = [str(dim) for dim in sizes if models[dim]["out_of_time"]]
+        return f"{', '.join(map(str, sizes))}; others {others}" + (f"; {', '.join(short)} cut short" if short else "")
 
     by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
     for (method, dim), measured in found.items():
@@ -79,22 +81,26 @@ def _time_rows(
         if crops:
             minutes = minutes_of(teacher) + max(minutes_of(crop) for crop in crops)
             yield row("Ext", minutes, _trial_minutes(teacher), _epoch_seconds(teacher), "all, of one model")
-        for method in LESSONS:
-            if students := by_method.get(method):
-                minutes, trials = (
-                    m(teacher) + of_all(students, m, SIXTY_FOUR[:-1]) for m in (minutes_of, _trial_minutes)
-                )
-                yield row(method, minutes, trials, None, of_some(students))
+        taught = {method: by_method[method] for method in LESSONS if method in by_method}
+        shared = set.intersection(*(set(students) for students in taught.values())) if taught else set()
+        for method, students in taught.items():
+            alike = {dim: students[dim] for dim in shared or students}
+            minutes, trials, epochs = (
+                measure(teacher) + of_all(alike, measure, SIXTY_FOUR[:-1])
+                for measure in (minutes_of, _trial_minutes, _epoch_seconds)
+            )
+            yield row(method, minutes, trials, epochs, of_some(alike))
     if med is not None:
         yield row("MED", minutes_of(med), _trial_minutes(med), med_epoch, "all, in one run")
 
 
 def _trial_minutes(found: Mapping[str, Any]) -> float:
-    return sum(float(trial["seconds"]) for trial in found["trials"]) / 60
+    seconds: float = sum(trial["seconds"] for trial in found["trials"]) + found.get("earlier_trial_seconds", 0)
+    return seconds / 60
 
 
 def _epoch_seconds(found: Mapping[str, Any]) -> float:
-    return float(found["seconds"]) / int(found["validations"][-1]["epoch"])
+    return 60 * minutes_of(found) / int(found["validations"][-1]["epoch"])
 
 
 def _reached_rows(
