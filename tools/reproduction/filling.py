@@ -159,8 +159,8 @@ class Reproduction:
             earlier_trials = sum(trial["seconds"] for trial in taught["trials"])
         job, seconds, out_of_time, trials = self._tuned(job_of, cell.name, epochs)
         self._write_run(
-            cell, job, seconds, out_of_time or cut_short, trials, teacher=teacher, earlier_seconds=round(earlier, 1),
-            earlier_trial_seconds=round(earlier_trials, 1),
+            cell, job, seconds, out_of_time, trials, teacher=teacher, earlier_seconds=round(earlier, 1),
+            earlier_trial_seconds=round(earlier_trials, 1), earlier_out_of_time=cut_short,
         )  # fmt: skip
 
     def _multiple(self, cell: Cell) -> float:
@@ -353,7 +353,7 @@ def minutes_of(found: Mapping[str, Any]) -> float:
 def cut_short(found: Mapping[str, Any]) -> str:
     """Say how a budget cut a model short: epochs that its pace did not allow, or a training that was stopped."""
     if not found.get("out_of_time"):
-        return ""
+        return "its teacher" if found.get("earlier_out_of_time") else ""
     epochs = parse_job(found["job"], found["method"]).train.epochs
     return "fewer epochs" if epochs < found["settings"]["epochs"] else "stopped"
 

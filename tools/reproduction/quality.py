@@ -37,7 +37,7 @@ def quality(
         report.say(
             "One croppable run beside a model of each dim alone (test MRR), and what the difference is made of, by "
             "validation MRR; what is negative is lost. In trials: what the best of MED's at this very dim has beyond "
-            "DT's best (columns that are shared, and their size at the start). By the shared rate: what the trial that "
+            "DT's best (which is of sharing columns). By the shared rate: what the trial that "
             "was taken for all dims has beyond that. Later: what MED gains from there to its best step at this dim, "
             "beyond what DT gains. By the shared step: what the step that was taken for all dims has beyond that. Left "
             f"over: what test says beyond validation, which is of {NUM_VALID} triples."
@@ -126,7 +126,7 @@ def _why(row: Row) -> str:
     """Say what half of the difference or more is, where MED is behind."""
     fewer = row["epochs of MED"] < row["of DT"]
     reasons = {
-        _TRIALS: "what it has after the epochs of trials: columns that are shared, and their size at the start",
+        _TRIALS: "columns that are shared, already after the epochs of trials",
         _RATE: "a learning rate that suits other dims better",
         _LATER: "less gained later"
         + (", in fewer epochs" if fewer else ", while a model alone goes on to fit its own"),

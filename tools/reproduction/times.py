@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from reproduction.cells import CROPS, DIMS, LARGEST, LESSONS, SIXTY_FOUR, Cell
-from reproduction.filling import Reproduction, curve_of, minutes_of
+from reproduction.filling import Reproduction, curve_of, cut_short, minutes_of
 from reproduction.report import NEAR, Report, Row
 
 __all__ = ["times"]
@@ -64,7 +64,7 @@ def _time_rows(
     def of_some(models: Mapping[int, Mapping[str, Any]]) -> str:
         sizes = sorted(models)
         others = "interpolated" if len(sizes) > 1 else "taken alike"
-        short = [str(dim) for dim in sizes if models[dim]["out_of_time"]]
+        short = [str(dim) for dim in sizes if cut_short(models[dim])]
         return f"{', '.join(map(str, sizes))}; others {others}" + (f"; {', '.join(short)} cut short" if short else "")
 
     by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
