@@ -11,7 +11,8 @@
 - figure5: the ability retention ratio; figure6: MED at all 64 dims beside DT;
 - figure7: where t-SNE puts entities of four categories, for MED, DualDE and Ext-V at 10, 100 and 600 units;
 - recipe: not the paper's: `jobs/wn18rr.yaml` and `jobs/fb15k237.yaml` (ComplEx, softmax, N3), whose croppable run
-  stands beside models of each of its dims alone; strengths of the regularizer are what is tried there.
+  stands beside models of each of its dims alone; a smaller and a larger learning rate, half and twice the strengths of
+  the regularizer are what is tried there.
 
 What is missing is trained, the rest is read: each cell is one JSON file under tools/bench/results/reproduce/cells, so
 that a table grows run by run, and the same command goes on where it was stopped (Ctrl-C, SIGTERM; a model that was
@@ -20,8 +21,10 @@ Markdown, CSV and PNG, of all cells that are there: the paper's value, ours, the
 
 Protocol:
 
-- Each model gets trials by one rule: epochs as `--trial-epochs` says, at four learning rates, and up to two larger ones
-  while the largest so far is the best; compared by validation MRR (500 triples). The best one is trained anew.
+- Each model gets trials by one rule: epochs as `--trial-epochs` says (20 on WN18RR and 7 on FB15k-237, whose epochs
+  have three times the steps), at four learning rates, and up to two larger ones while the largest so far is the best;
+  compared by validation MRR (500 triples). The best one is trained anew. In `recipe` the trials have 5 epochs, there
+  are four pairs of a learning rate and a strength of the regularizer and maybe a fifth, and 2,000 triples.
 - Each model gets the same cap of processor time, `--budget` minutes (20: ten minutes of two cores), and `--epochs` if
   the trials' pace lets as many into it. If not, it has fewer, and the table says so. Learning rates fall linearly to 0.
 - The step that was best on validation is ranked on the whole test split: filtered, both sides, realistic ranks for
@@ -60,6 +63,7 @@ from reproduction.cells import (
     SCORERS,
     SIXTY_FOUR,
     SUB_MODELS,
+    TRIAL_EPOCHS,
     Cell,
 )
 from reproduction.filling import Reproduction, Settings
@@ -162,8 +166,14 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=_minutes, default=20, metavar="MINUTES", help="of processor time for each model (default: 20)"
     )
-    parser.add_argument("--epochs", type=_count, default=200, metavar="N", help="of each model, at most (default: 200)")
-    parser.add_argument("--trial-epochs", type=_count, default=20, metavar="N", help="of each trial (default: 20)")
+    parser.add_argument(
+        "--epochs", type=_count, metavar="N", help="of each model, at most (default: 200; recipe: the shipped job's)"
+    )
+    parser.add_argument(
+        "--trial-epochs", type=_count, metavar="N",
+        help=f"of each trial (default: {', '.join(f'{name} {number}' for name, number in TRIAL_EPOCHS.items())}; "
+        "recipe 5)",
+    )  # fmt: skip
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("MEDSCALE_DATA_DIR") or "data"))
     parser.add_argument("--runs-dir", type=Path, default=Path("runs") / "reproduce")
     parser.add_argument(
@@ -217,8 +227,10 @@ def _listed(values: Sequence[object]) -> str:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    settings = Settings(arguments.budget, arguments.epochs, arguments.trial_epochs)
-    reproduction = Reproduction(arguments.out, arguments.runs_dir, arguments.data_dir, settings)
+    reproduction = Reproduction(
+        arguments.out, arguments.runs_dir, arguments.data_dir, arguments.budget, arguments.epochs,
+        arguments.trial_epochs,
+    )  # fmt: skip
     table, dims = arguments.table, arguments.dims
     wanted = list(cells_of(arguments.datasets, arguments.scorers, arguments.methods, dims, arguments.student_dims))
     for cell in () if arguments.only_report else wanted:

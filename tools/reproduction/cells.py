@@ -12,9 +12,9 @@ from medscale.search import Trial
 from medscale.trainer import initial_scale
 
 __all__ = [
-    "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "NUM_TRIALS", "NUM_VALID", "RATES",
-    "RECIPE", "RECIPES", "RECIPE_DIMS", "SCORERS", "SHOWN", "SIXTY_FOUR", "STAGES", "SUB_MODELS", "Cell", "mean_mrr",
-    "rate_of", "tries_of",
+    "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "NUM_TRIALS", "RATES",
+    "RECIPE", "RECIPES", "RECIPE_DIMS", "SCORERS", "SHOWN", "SIXTY_FOUR", "STAGES", "SUB_MODELS", "TRIAL_EPOCHS",
+    "Cell", "mean_mrr", "rate_of", "tries_of",
 ]  # fmt: skip
 
 DATASETS = ("WN18RR", "FB15k-237")
@@ -52,11 +52,12 @@ ABLATIONS: Mapping[str, Mapping[str, str]] = {
 #: the shipped jobs that are strong at every dim (softmax over products, N3, damped nesting): a scorer of their own
 RECIPE = "ComplEx"
 RECIPES = {"WN18RR": "wn18rr.yaml", "FB15k-237": "fb15k237.yaml"}
-RECIPE_DIMS = (10, 25, 50, 100, 200)
+RECIPE_DIMS = (10, 40, 200)
 #: all dims that tables show
 SHOWN = {*DIMS, *RECIPE_DIMS}
-#: the strengths of their regularizer that every model is tried with, as multiples of what the job says for its level
-_STRENGTHS = (0.5, 1.0, 2.0)
+#: what every model is tried with: a learning rate, and a multiple of what the job says for its level's regularizer; the
+#: largest rate only where the one before it is the best
+_RECIPE_TRIES = ((0.1, 1.0), (0.3, 0.5), (0.3, 2.0), (0.3, 1.0), (1.0, 1.0))
 
 #: the learning rates that every model is tried with, as multiples of the size of its initial columns: those of a small
 #: model are far larger than those of a large one, and so are the steps that move them. Those beyond the first
@@ -70,8 +71,12 @@ _RELATION_RATE = 0.05
 #: learns from the half on, and its student of 10 units at .074 instead of .095
 STAGES: Mapping[Lesson, float] = {"dualde": 0.8, "iterde": 0.5}
 
+#: epochs of each trial, about as many steps on either graph; those of a recipe's, whose steps teach more
+TRIAL_EPOCHS = {"WN18RR": 20, "FB15k-237": 7}
+_RECIPE_TRIAL_EPOCHS = 5
+
 #: triples that trials and steps are compared by
-NUM_VALID = 500
+_NUM_VALID = 500
 
 _JOBS = Path(__file__).resolve().parents[2] / "jobs"
 # Neighbours compare probabilities: Huber's loss of logits (the paper's) never stops pulling at easy negatives, whose
@@ -122,6 +127,16 @@ class Cell:
         """The largest directly trained model, which others are crops or students of."""
         return Cell(self.dataset, self.scorer, "DT", LARGEST)
 
+    @property
+    def epochs(self) -> int:
+        """Epochs of training, at most, where nothing else is said: a recipe's are the shipped job's."""
+        return load_job(_JOBS / RECIPES[self.dataset]).train.epochs if self.scorer == RECIPE else 200
+
+    @property
+    def trial_epochs(self) -> int:
+        """Epochs of each trial where nothing else is said."""
+        return _RECIPE_TRIAL_EPOCHS if self.scorer == RECIPE else TRIAL_EPOCHS[self.dataset]
+
     def job(self, epochs: int, dim: int | None = None) -> Job:
         """Return the job that trains the cell's model, or one of another dim alone."""
         dim = dim or self.dim
@@ -131,7 +146,7 @@ class Cell:
         dims = SUB_MODELS.get(self.method, SIXTY_FOUR) if dim is None else (dim,)
         text = _JOB.format(
             name=self.name, files=self.dataset, scorer=SCORERS[self.scorer], dims=list(dims), epochs=epochs,
-            num_valid=NUM_VALID, encoder=encoder,
+            num_valid=_NUM_VALID, encoder=encoder,
             tiers=", ".join(f"d{dim}: {dim}" for dim in dims if len(dims) == 1 or dim in DIMS),
         )  # fmt: skip
         return with_values(parse_job(text, self.name), ABLATIONS.get(self.method, {}), self.name)
@@ -151,13 +166,16 @@ def _recipe(dataset: str, name: str, epochs: int, dim: int | None) -> Job:
 
 
 def tries_of(job: Job) -> list[dict[str, str]]:
-    """Return what to try with a job, as keys and values: rising learning rates, or strengths of a recipe's regularizer.
+    """Return what to try with a job, as keys and values: rising learning rates, a recipe's with its regularizer.
 
     Those after the first `NUM_TRIALS` are for models that the largest before suits best.
     """
     if job.loss.kind == "softmax":
         weights = job.loss.regularizer_weights
-        return [{"loss.regularizer_weights": str([f * weight for weight in weights])} for f in _STRENGTHS]
+        return [
+            {"optimizer.lr": f"{rate:g}", "loss.regularizer_weights": f"[{', '.join(f'{f * w:g}' for w in weights)}]"}
+            for rate, f in _RECIPE_TRIES
+        ]
     if job.encoder.kind != "none":
         return [{"encoder.lr": str(rate)} for rate in _ENCODER_RATES]
     multiples = RATES["distances" if job.model.scorer in DISTANCES else "products"]

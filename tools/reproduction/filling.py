@@ -79,9 +79,17 @@ class Settings:
 class Reproduction:
     """The cells of a directory: fills what is missing."""
 
-    def __init__(self, out: Path, runs_dir: Path, data_dir: Path, settings: Settings) -> None:
-        self.cells, self.runs_dir, self.data_dir, self.settings = out / "cells", runs_dir, data_dir, settings
+    def __init__(
+        self, out: Path, runs_dir: Path, data_dir: Path, budget: float, epochs: int | None, trial_epochs: int | None
+    ) -> None:
+        """Take directories, minutes of processor time, and epochs (default: what suits a cell)."""
+        self.cells, self.runs_dir, self.data_dir = out / "cells", runs_dir, data_dir
+        self.budget, self.epochs, self.trial_epochs = budget, epochs, trial_epochs
         self.cells.mkdir(parents=True, exist_ok=True)
+
+    def settings(self, cell: Cell) -> Settings:
+        """Return what a cell's model is given."""
+        return Settings(self.budget, self.epochs or cell.epochs, self.trial_epochs or cell.trial_epochs)
 
     def found(self, cell: Cell) -> dict[str, Any] | None:
         """Return what was measured of a cell."""
@@ -103,7 +111,7 @@ class Reproduction:
         elif cell.method in LESSONS:
             self._teach(cell)
         else:
-            self._write_run(cell, *self._tuned(cell.job, cell.name, self.settings.epochs))
+            self._write_run(cell, *self._tuned(cell.job, cell.name, self.settings(cell)))
         found = self.found(cell)
         assert found is not None
         return found
@@ -112,8 +120,8 @@ class Reproduction:
         if cell.method in CROPS:
             return  # which has no settings but its model's
         differs = []
-        if (then := Settings(**found["settings"])) != self.settings:
-            differs.append(f"{then} -> {self.settings}")
+        if (then := Settings(**found["settings"])) != (now := self.settings(cell)):
+            differs.append(f"{then} -> {now}")
         if cell.method not in LESSONS:
             then_job = parse_job(found["job"], cell.name)
             job = cell.job(then_job.train.epochs)
@@ -130,7 +138,7 @@ class Reproduction:
     def _teach(self, cell: Cell) -> None:
         """Train a student of the largest directly trained model, and what stands between them."""
         assert cell.dim is not None
-        method, teacher, teacher_dim, epochs = LESSONS[cell.method], cell.teacher.name, LARGEST, self.settings.epochs
+        method, teacher, teacher_dim, settings = LESSONS[cell.method], cell.teacher.name, LARGEST, self.settings(cell)
         self._run_of(cell.teacher)
         earlier, earlier_trials, cut_short = 0.0, 0.0, False
 
@@ -144,9 +152,9 @@ class Reproduction:
             # Those between have half the epochs, and the teacher's own learning rate.
             multiple = self._multiple(cell.teacher)
             for dim in chain(cell.dim, teacher_dim)[1:-1]:
-                job = job_of(max(1, epochs // 2), dim, f"{cell.name}_over_{dim}")
+                job = job_of(max(1, settings.epochs // 2), dim, f"{cell.name}_over_{dim}")
                 job = with_values(job, rate_of(job, multiple), job.name)
-                _, seconds, rang = self._trained(job, 1.1 * self.settings.budget)
+                _, seconds, rang = self._trained(job, 1.1 * self.budget)
                 earlier, teacher, teacher_dim, cut_short = earlier + seconds, job.name, dim, cut_short or rang
         elif method == "ta":
             between = [dim for dim in DIMS if cell.dim < dim < LARGEST] or [(cell.dim + LARGEST) // 20 * 10]
@@ -157,7 +165,7 @@ class Reproduction:
             taught = self.fill(assistant)
             earlier, cut_short, teacher = taught["seconds"], taught["out_of_time"], self._run_of(assistant).name
             earlier_trials = sum(trial["seconds"] for trial in taught["trials"])
-        job, seconds, out_of_time, trials = self._tuned(job_of, cell.name, epochs)
+        job, seconds, out_of_time, trials = self._tuned(job_of, cell.name, settings)
         self._write_run(
             cell, job, seconds, out_of_time, trials, teacher=teacher, earlier_seconds=round(earlier, 1),
             earlier_trial_seconds=round(earlier_trials, 1), earlier_out_of_time=cut_short,
@@ -169,18 +177,18 @@ class Reproduction:
         return job.optimizer.lr / initial_scale(job)
 
     def _tuned(
-        self, job_of: Callable[[int], Job], name: str, epochs: int
+        self, job_of: Callable[[int], Job], name: str, settings: Settings
     ) -> tuple[Job, float, bool, list[dict[str, Any]]]:
         """Train with the best of all learning rates for as many epochs as are wanted and the budget has time for.
 
         `job_of` gives the job by epochs. Returns the job, the seconds, whether they ran out, and the trials.
         """
-        trials, best = self._trials(job_of(self.settings.trial_epochs), name)
+        trials, best = self._trials(job_of(settings.trial_epochs), name)
         seconds = statistics.median(trial.seconds for trial in trials if trial.mrr is not None)
-        job = job_of(max(1, min(epochs, int(60 * self.settings.budget / seconds * self.settings.trial_epochs))))
+        job = job_of(max(1, min(settings.epochs, int(60 * settings.budget / seconds * settings.trial_epochs))))
         watch_dim = job.train.watch_dim
-        job, seconds, rang = self._trained(with_values(job, best.values, name), 1.1 * self.settings.budget)
-        return job, seconds, rang or job.train.epochs < epochs, [tried(trial, watch_dim) for trial in trials]
+        job, seconds, rang = self._trained(with_values(job, best.values, name), 1.1 * settings.budget)
+        return job, seconds, rang or job.train.epochs < settings.epochs, [tried(trial, watch_dim) for trial in trials]
 
     def _trials(self, job: Job, name: str) -> tuple[list[Trial], Trial]:
         """Try a job's learning rates; return all trials, and the best."""
@@ -210,7 +218,7 @@ class Reproduction:
         A job fits its budget by its trials' pace, which is forgiven a tenth. What was interrupted goes on; what was
         killed outright told no time, and begins anew.
         """
-        run_directory, budget = self.runs_dir / job.name, self.settings.budget
+        run_directory, budget = self.runs_dir / job.name, self.budget
         end, cut_off = run_directory / _END, run_directory / "cut_off.json"
         same = self._is_begun(job)
         trained = json.loads(end.read_text()) if same and end.exists() else None
@@ -240,7 +248,7 @@ class Reproduction:
         if cell.method in LESSONS:  # the last level is the teacher
             ranks = Ranks(ranks.dims[:-1], ranks.head[:-1], ranks.tail[:-1])
         self._write(cell, ranks, {
-            "job": dump_job(job), "settings": asdict(self.settings), "seconds": round(seconds, 1),
+            "job": dump_job(job), "settings": asdict(self.settings(cell)), "seconds": round(seconds, 1),
             "out_of_time": out_of_time, "step": tables.facts["step"],
             "parameters_million": {str(d): _num_parameters(job, graph, tables.layout, d) / 1e6 for d in ranks.dims},
             "validations": newest.facts["progress"]["validations"], "trials": trials, **more,
@@ -308,7 +316,8 @@ def tried(trial: Trial, watch_dim: int | None) -> dict[str, Any]:
     """Return what a trial tried, and how good it was on validation; None where it diverged."""
     mrr = None if trial.mrr is None else round(mean_mrr(trial, watch_dim), 4)
     by_dim = {dim: round(value, 4) for dim, value in trial.mrr_by_dim.items() if int(dim) in SHOWN}
-    return {"value": next(iter(trial.values.values())), "mrr": mrr, "mrr_by_dim": by_dim, "seconds": trial.seconds}
+    value = " ".join(value for key, value in trial.values.items() if key != "optimizer.relation_lr")  # which goes along
+    return {"value": value, "mrr": mrr, "mrr_by_dim": by_dim, "seconds": trial.seconds}
 
 
 def _num_parameters(job: Job, graph: Graph, layout: Layout, dim: int) -> int:

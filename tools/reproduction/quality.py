@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from reproduction.cells import DIMS, NUM_VALID, SIXTY_FOUR, Cell
+from reproduction.cells import DIMS, SIXTY_FOUR, Cell
 from reproduction.filling import Reproduction, curve_of, cut_short, minutes_of
 from reproduction.report import NEAR, Report, Row
 
@@ -40,7 +40,7 @@ def quality(
             "DT's best (which is of sharing columns). By the shared rate: what the trial that "
             "was taken for all dims has beyond that. Later: what MED gains from there to its best step at this dim, "
             "beyond what DT gains. By the shared step: what the step that was taken for all dims has beyond that. Left "
-            f"over: what test says beyond validation, which is of {NUM_VALID} triples."
+            "over: what test says beyond validation, which is of few triples."
         )
     report.table(gaps, suffix="_gaps")
     if behind := [row for row in gaps if row["difference"] < -NEAR]:
