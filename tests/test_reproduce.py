@@ -213,7 +213,7 @@ def test_the_recipe_beside_its_sub_models_alone(place: Path) -> None:
     cells = {path.stem: json.loads(path.read_text()) for path in (out / "cells").glob("*.json")}
     assert sorted(cells) == ["wn18rr_complex_dt_10", "wn18rr_complex_dt_200", "wn18rr_complex_med"]
     assert [trial["value"] for trial in cells["wn18rr_complex_dt_10"]["trials"]][:4] == [
-        "0.1 [0.03]", "0.3 [0.015]", "0.3 [0.06]", "0.3 [0.03]",
+        "0.1 [0.06]", "0.3 [0.03]", "0.3 [0.12]", "0.3 [0.06]",
     ]  # fmt: skip
     assert [record["dim"] for record in cells["wn18rr_complex_med"]["records"]] == [10, 40, 200]
     rows = rows_of(out / "recipe.csv")

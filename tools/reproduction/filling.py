@@ -184,7 +184,8 @@ class Reproduction:
         `job_of` gives the job by epochs. Returns the job, the seconds, whether they ran out, and the trials.
         """
         trials, best = self._trials(job_of(settings.trial_epochs), name)
-        seconds = statistics.median(trial.seconds for trial in trials if trial.mrr is not None)
+        # told in tenths, of which a trial on a toy graph has none
+        seconds = max(0.1, statistics.median(trial.seconds for trial in trials if trial.mrr is not None))
         job = job_of(max(1, min(settings.epochs, int(60 * settings.budget / seconds * settings.trial_epochs))))
         watch_dim = job.train.watch_dim
         job, seconds, rang = self._trained(with_values(job, best.values, name), 1.1 * settings.budget)
