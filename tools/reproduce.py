@@ -25,7 +25,7 @@ Protocol:
   have three times the steps), at four learning rates, and up to two larger ones while the largest so far is the best;
   compared by validation MRR (500 triples). The best one is trained anew. In `recipe` the trials have 5 epochs, there
   are four pairs of a learning rate and a strength of the regularizer and maybe a fifth, and 2,000 triples. Strengths
-  are multiples of the job's at the time; those of FB15k-237's job were found by hand, by more of MED's runs than DT had.
+  are multiples of the job's at the time; those of FB15k-237's job were found by hand, by more MED runs than DT had.
 - Each model gets the same cap of processor time, `--budget` minutes (20: ten minutes of two cores), and `--epochs` if
   the trials' pace lets as many into it. If not, it has fewer, and the table says so. Learning rates fall linearly to 0.
 - The step that was best on validation is ranked on the whole test split: filtered, both sides, realistic ranks for
