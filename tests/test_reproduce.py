@@ -252,6 +252,10 @@ def test_wrong_options_are_refused_before_anything_is_trained() -> None:
     wrong = {
         "table3 --budget -1": "-1 is no number of minutes above 0",
         "table3 --dims 15": "table3 has no 15; it has 10 20 ... 640",
+        "table3 --budget soon": "soon is no number of minutes above 0",
+        "table3 --student-dims 630": "TA has no dim between 630 and the teacher's 640",
+        "table3 --only-report --paper-dir nowhere": "nowhere is not there, and",
+        "table4 --scorers TransE": "table4 is RotatE's alone",
         "figure7 --student-dims 10": "figure7 draws models of 10 100 600 units",
     }
     # of one process, since it takes seconds to start

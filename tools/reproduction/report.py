@@ -42,7 +42,7 @@ class Report:
         text = io.StringIO()
         writer = csv.DictWriter(text, headings, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({h: round(v, 4) if isinstance(v, float) else v for h, v in row.items()} for row in rows)
+        writer.writerows({h: round(v, 6) if isinstance(v, float) else v for h, v in row.items()} for row in rows)
         write_atomic(path, text.getvalue().encode())
 
     def say(self, text: str) -> None:

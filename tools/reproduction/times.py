@@ -34,10 +34,20 @@ def times(report: Report, reproduction: Reproduction, cells: Sequence[Cell], pap
         "models together, which is the ratio at equal epochs. Students and crops: with their teacher, TA's each with "
         "its assistant, IterDE's with those between. Seconds differ by up to a quarter with what else the machine did."
     )
+    if rows:
+        with report.panels([(row["data set"], row["scorer"]) for row in rows]) as panels:
+            for (dataset, scorer), axis in panels.items():
+                here = [row for row in rows if (row["data set"], row["scorer"]) == (dataset, scorer)]
+                bars = axis.barh([row["method"] for row in here], [row["minutes"] for row in here])
+                axis.bar_label(bars, fmt="%.0f", padding=2)
+                axis.invert_yaxis()
+                axis.margins(x=0.15)
+                axis.set(xlabel="minutes of processor time for all 64 sizes")
     report.table(reached, suffix="_reached")
     report.say(
         f"Minutes until validation MRR came within {NEAR} of the best that direct training reached at that dim: of "
-        "that model itself, of the one croppable run, and how good the latter became; empty: not within its budget."
+        "that model itself, of the one croppable run, and how good the latter became; empty: not within its budget. "
+        f"`{report.name}.png`: minutes for all 64 sizes."
     )
 
 
