@@ -51,10 +51,10 @@ def beside_direct(name: str) -> str:
     """Say where a report's croppable runs stand beside models of each dim alone."""
     gaps = list(csv.DictReader((RESULTS / f"{name}_gaps.csv").read_text(encoding="utf-8").splitlines()))
     ten = [row for row in gaps if row["dim"] == "10"]
-    above = [f"{row['scorer']} on {row['data set']}" for row in ten if float(row["difference"]) > 0]
+    above = [f"{row['scorer']} on {row['data set']}" for row in ten if float(row["difference"]) > NEAR]
     near = sum(float(row["difference"]) >= -NEAR for row in gaps)
     return (
-        f"At 10 units one croppable run is above a model of that size alone in {len(above)} of {len(ten)}"
+        f"At 10 units one croppable run is more than {NEAR} above a model of that size alone in {len(above)} of {len(ten)}"
         + (f" ({', '.join(above)})" if above else "")
         + f"; over all dims it is ahead, or at most {NEAR} behind, in {near} of {len(gaps)}. "
         + f"`{name}.md` says what each difference is made of."
