@@ -54,7 +54,8 @@ def beside_direct(name: str) -> str:
     above = [f"{row['scorer']} on {row['data set']}" for row in ten if float(row["difference"]) > NEAR]
     near = sum(float(row["difference"]) >= -NEAR for row in gaps)
     return (
-        f"At 10 units one croppable run is more than {NEAR} above a model of that size alone in {len(above)} of {len(ten)}"
+        f"At 10 units one croppable run is more than {NEAR} above a model of that size alone in {len(above)} of "
+        + f"{len(ten)}"
         + (f" ({', '.join(above)})" if above else "")
         + f"; over all dims it is ahead, or at most {NEAR} behind, in {near} of {len(gaps)}. "
         + f"`{name}.md` says what each difference is made of."
