@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from reproduction.cells import DIMS, SIXTY_FOUR, Cell
+from reproduction.cells import DIMS, RECIPE, RECIPE_DIMS, SIXTY_FOUR, Cell
 from reproduction.filling import Reproduction, curve_of, cut_short, minutes_of
 from reproduction.report import NEAR, Report, Row
 
@@ -145,11 +145,11 @@ def _trial_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
     """Yield a row per trial of a croppable run."""
     trials = (reproduction.found(cell) or {}).get("trials", ())
     best = max((trial["mrr"] for trial in trials if trial["mrr"] is not None), default=None)
-    nothing: Row = {dim: None for trial in trials for dim in trial["mrr_by_dim"]}  # of trials that diverged
+    dims = RECIPE_DIMS if cell.scorer == RECIPE else DIMS
     for trial in trials:
         yield {
             "data set": cell.dataset, "scorer": cell.scorer, "method": cell.method, "tried": trial["value"],
-            **{f"@{dim}": mrr for dim, mrr in {**nothing, **trial["mrr_by_dim"]}.items()}, "mean": trial["mrr"],
+            **{f"@{dim}": trial["mrr_by_dim"].get(str(dim)) for dim in dims}, "mean": trial["mrr"],
             "taken": "yes" if trial["mrr"] == best else "",
         }  # fmt: skip
 
