@@ -262,10 +262,10 @@ def _main(arguments: argparse.Namespace) -> int:
         sorted({*SIXTY_FOUR, *RECIPE_DIMS}), SIXTY_FOUR[:-1],
     )  # fmt: skip
     there = [cell for cell in others if reproduction.found(cell) is not None]
-    # Those of a table of some scorers, or data sets, alone: where it has more of another than the run it is beside.
-    beside = {(cell.dataset, cell.scorer) for cell in (*expected, *wanted)}
-    beside |= {(cell.dataset, cell.scorer) for cell in there if cell.method != METHODS[table][0] and table != "table4"}
-    there = [cell for cell in there if (cell.dataset, cell.scorer) in beside]
+    # A table of one scorer alone shows another's croppable run where there is something that it stands beside.
+    shown = {(cell.dataset, cell.scorer) for cell in (*expected, *wanted)}
+    shown |= {(cell.dataset, cell.scorer) for cell in there if cell.method != "MED"}
+    there = [cell for cell in there if (cell.dataset, cell.scorer) in shown]
     cells = wanted if table == "figure7" else sorted({*expected, *there, *wanted}, key=_order)
     dims = sorted({*dims, *dims_of_table, *(cell.dim for cell in cells if cell.method == "DT" and cell.dim)})
     report = Report(arguments.out, table, "Protocol:" + (__doc__ or "").partition("Protocol:")[2].rstrip())

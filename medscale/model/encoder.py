@@ -2,7 +2,8 @@
 
     nodepiece   Galkin et al., 2022: an entity is its nearest anchors, how far those are, and the relations around it.
                 Simplified: anchors are the entities of highest degree and some drawn at random (no PageRank); the parts
-                of each kind are averaged before the perceptron, which in the original reads them one by one
+                of each kind are averaged before the perceptron, which in the original reads them one by one, so that
+                the model is far smaller, and its quality per parameter not comparable
     earl        Chen et al., 2023: an entity is the relations around it, the reserved entities most like it in these,
                 and its neighbours; a reserved entity has a vector of its own instead of the first two. Simplified:
                 neighbours one hop away, some drawn for each entity once, instead of a network over all edges

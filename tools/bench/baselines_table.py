@@ -7,13 +7,15 @@ Reads table3.csv and recipe.csv of tools/bench/results/reproduce, which `python 
 
 import csv
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from readme import write_section
 
-#: a difference of test MRR that is none
-NEAR = 0.005
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reproduction.report import NEAR
+
 #: methods with one model for all dims
 ONE_RUN = ("MED", "Ext", "Ext-L", "Ext-V", "PCA")
 RESULTS = Path(__file__).parent / "results" / "reproduce"

@@ -1,9 +1,10 @@
 """What all 64 sizes cost by each method, and how soon one croppable run is as good as direct training."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reproduction.cells import CROPS, DIMS, LARGEST, LESSONS, SIXTY_FOUR, Cell
 from reproduction.filling import Reproduction, curve_of, cut_short, minutes_of
@@ -11,7 +12,8 @@ from reproduction.report import NEAR, Report, Row
 
 __all__ = ["times"]
 
-Measure = Callable[[Mapping[str, Any]], float]
+#: of a model, or several: minutes of training, minutes of trials, seconds per epoch [3]
+Costs = NDArray[np.float64]
 
 
 def times(report: Report, reproduction: Reproduction, cells: Sequence[Cell], paper: Mapping[Any, float]) -> None:
@@ -29,10 +31,11 @@ def times(report: Report, reproduction: Reproduction, cells: Sequence[Cell], pap
     report.table(rows)
     report.say(
         "Minutes of processor time for all 64 sizes (10, 20, ..., 640), of training and of the trials before it; where "
-        "measured dims are some of them, others are interpolated linearly between those; students of other dims are "
-        "taken to be as those measured of all students, which is a guess: larger ones take longer. Per epoch: of all "
-        "models together, which is the ratio at equal epochs. Students and crops: with their teacher, TA's each with "
-        "its assistant, IterDE's with those between. Seconds differ by up to a quarter with what else the machine did."
+        "measured dims are some of them, others are interpolated linearly between those; students of one "
+        "measured dim are all taken to be like it, which is a guess: larger ones take longer. Per epoch: of all models "
+        "together, which is the ratio at equal epochs. Students and crops: with their teacher, and students with TA's "
+        "assistant or IterDE's models between; all these are counted once, as if all sizes had the same, which is "
+        "the least. Seconds differ by up to a quarter with what else the machine did."
     )
     if rows:
         with report.panels([(row["data set"], row["scorer"]) for row in rows]) as panels:
@@ -55,21 +58,23 @@ def _time_rows(
     dataset: str, scorer: str, found: Mapping[tuple[str, int | None], Mapping[str, Any]], paper: Mapping[Any, float]
 ) -> Iterator[Row]:
     med = found.get(("MED", None))
-    med_epoch = None if med is None else _epoch_seconds(med)
+    med_epoch_s = None if med is None else _costs(med)[2]
 
-    def row(method: str, minutes: float, trials: float, epoch_s: float | None, measured: str) -> Row:
+    def row(method: str, costs: Costs, measured: str) -> Row:
+        minutes, trials, epoch_s = map(float, costs)
         hours, med_hours = (paper.get((dataset, m, scorer)) for m in (method, "MED"))
         return {
             "data set": dataset, "scorer": scorer, "method": method, "minutes": minutes, "of trials": trials,
             "per epoch, s": epoch_s,
-            "times MED, per epoch": epoch_s / med_epoch if epoch_s is not None and med_epoch else None,
+            "times MED, per epoch": None if med_epoch_s is None else epoch_s / med_epoch_s,
             "paper, h": hours, "times MED, paper": hours / med_hours if hours and med_hours else None,
             "measured": measured,
         }  # fmt: skip
 
-    def of_all(models: Mapping[int, Mapping[str, Any]], measure: Measure, dims: Sequence[int] = SIXTY_FOUR) -> float:
+    def of_all(models: Mapping[int, Mapping[str, Any]], dims: Sequence[int] = SIXTY_FOUR) -> Costs:
         sizes = sorted(models)
-        return float(np.interp(dims, sizes, [measure(models[dim]) for dim in sizes]).sum())
+        costs_n3 = np.array([_costs(models[dim]) for dim in sizes])
+        return np.array([np.interp(dims, sizes, of_sizes).sum() for of_sizes in costs_n3.T])
 
     def of_some(models: Mapping[int, Mapping[str, Any]]) -> str:
         sizes = sorted(models)
@@ -83,34 +88,30 @@ def _time_rows(
             by_method.setdefault(method, {})[dim] = measured
     direct = by_method.get("DT", {})
     if LARGEST in direct and len(direct) > 1:
-        minutes, trials, epochs = (of_all(direct, measure) for measure in (minutes_of, _trial_minutes, _epoch_seconds))
-        yield row("DT", minutes, trials, epochs, of_some(direct))
+        yield row("DT", of_all(direct), of_some(direct))
     if LARGEST in direct:
-        teacher = direct[LARGEST]
+        teacher = _costs(direct[LARGEST])
         crops = [f for (method, _), f in found.items() if method in CROPS and method != "PCA"]
         if crops:
-            minutes = minutes_of(teacher) + max(minutes_of(crop) for crop in crops)
-            yield row("Ext", minutes, _trial_minutes(teacher), _epoch_seconds(teacher), "all, of one model")
-        taught = {method: by_method[method] for method in LESSONS if method in by_method}
-        shared = set.intersection(*(set(students) for students in taught.values())) if taught else set()
-        for method, students in taught.items():
-            alike = {dim: students[dim] for dim in shared or students}
-            minutes, trials, epochs = (
-                measure(teacher) + of_all(alike, measure, SIXTY_FOUR[:-1])
-                for measure in (minutes_of, _trial_minutes, _epoch_seconds)
-            )
-            yield row(method, minutes, trials, epochs, of_some(alike))
+            arranged = np.array([max(minutes_of(crop) for crop in crops), 0, 0])
+            yield row("Ext", teacher + arranged, "all, of one model")
+        for method, students in ((method, by_method[method]) for method in LESSONS if method in by_method):
+            between = np.max([_costs_between(student) for student in students.values()], axis=0)
+            yield row(method, teacher + between + of_all(students, SIXTY_FOUR[:-1]), of_some(students))
     if med is not None:
-        yield row("MED", minutes_of(med), _trial_minutes(med), med_epoch, "all, in one run")
+        yield row("MED", _costs(med), "all, in one run")
 
 
-def _trial_minutes(found: Mapping[str, Any]) -> float:
-    seconds: float = sum(trial["seconds"] for trial in found["trials"]) + found.get("earlier_trial_seconds", 0)
-    return seconds / 60
+def _costs(found: Mapping[str, Any]) -> Costs:
+    """Return what a model itself took."""
+    trials_s = sum(trial["seconds"] for trial in found["trials"])
+    return np.array([found["seconds"] / 60, trials_s / 60, found["seconds"] / found["validations"][-1]["epoch"]])
 
 
-def _epoch_seconds(found: Mapping[str, Any]) -> float:
-    return 60 * minutes_of(found) / int(found["validations"][-1]["epoch"])
+def _costs_between(found: Mapping[str, Any]) -> Costs:
+    """Return what was trained between a student and its teacher."""
+    seconds, epochs = found["earlier_seconds"], found["validations"][-1]["epoch"]
+    return np.array([seconds / 60, found.get("earlier_trial_seconds", 0) / 60, seconds / epochs])
 
 
 def _reached_rows(
