@@ -364,8 +364,9 @@ def cut_short(found: Mapping[str, Any]) -> str:
     """Say how a budget cut a model short: epochs that its pace did not allow, or a training that was stopped."""
     if not found.get("out_of_time"):
         return "its teacher" if found.get("earlier_out_of_time") else ""
-    epochs = parse_job(found["job"], found["method"]).train.epochs
-    return "fewer epochs" if epochs < found["settings"]["epochs"] else "stopped"
+    epochs, done = parse_job(found["job"], found["method"]).train.epochs, found["validations"][-1]["epoch"]
+    how = {"fewer epochs": epochs < found["settings"]["epochs"], "stopped": done < epochs}
+    return ", ".join(name for name, is_so in how.items() if is_so)
 
 
 def curve_of(found: Mapping[str, Any], dim: int) -> tuple[list[float], list[float]]:
