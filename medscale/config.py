@@ -286,6 +286,12 @@ class OptimizerSection:
     )
     lr: float = key(0.1, "learning rate of the entity tables", above=0)
     relation_lr: float | None = key(None, "learning rate of the relations; default: lr", above=0)
+    tier_factors: tuple[float, ...] = key(
+        (1.0,),
+        "what both are multiplied with in each tier's own columns, from the smallest tier on (entities': rounded up to "
+        "4 columns, and those beyond the largest tier like its own): one for all, or one per dim of the tiers",
+        above=0,
+    )
     schedule: Literal["constant", "linear"] = key("constant", "`linear` decays to 0 at the last step")
     warmup_steps: int = key(0, "steps over which the learning rates rise from 0", minimum=0)
 
@@ -555,6 +561,7 @@ def conflicts(job: Job) -> Iterator[tuple[str, str]]:
     """Yield (key, what is wrong and what to do) for every impossible combination of keys."""
     yield from _graph_conflicts(job.graph)
     yield from _model_conflicts(job.model, job.export)
+    yield from _optimizer_conflicts(job)
     yield from _loss_conflicts(job)
     yield from _extend_conflicts(job)
     yield from _distill_conflicts(job)
@@ -629,6 +636,15 @@ def _model_conflicts(model: ModelSection, export: ExportSection) -> Iterator[tup
         yield "export.layout", "delta needs tiers of different dims: of two equal ones, the second has nothing to add"
     if model.norm != "l1" and model.scorer != "transe":
         yield "model.norm", f"is for transe; {model.scorer} has its own"
+
+
+def _optimizer_conflicts(job: Job) -> Iterator[tuple[str, str]]:
+    factors, tier_dims = job.optimizer.tier_factors, sorted(set(job.model.tiers.values()))
+    if len(factors) not in (1, len(tier_dims)):
+        yield (
+            "optimizer.tier_factors",
+            f"has {len(factors)} values; give 1, or {len(tier_dims)} (one per dim of model.tiers: {tier_dims})",
+        )
 
 
 def _loss_conflicts(job: Job) -> Iterator[tuple[str, str]]:
@@ -731,6 +747,8 @@ def _encoder_conflicts(job: Job) -> Iterator[tuple[str, str]]:
     for name, is_set in (("extend.run", job.extend.run), ("distill.teacher", job.distill.teacher)):
         if is_set is not None:
             yield name, "does not go with an encoder: rows are composed, and none is an entity's own"
+    if set(job.optimizer.tier_factors) != {1.0}:
+        yield "optimizer.tier_factors", "does not go with an encoder, whose parts serve all tiers; use encoder.lr"
 
 
 def _short(dims: tuple[int, ...]) -> str:

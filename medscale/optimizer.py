@@ -70,6 +70,13 @@ class Optimizers:
         self.section, self.table = section, table
         self.frozen = torch.tensor(frozen_relations, dtype=torch.int64, device=relations.device)
         self.relations, self.scaling = relations, scaling
+        layout, factors = table.layout, section.tier_factors
+        #: what the learning rate is multiplied with in each column of a relation; None: with 1
+        self.factors_C = (
+            None
+            if set(factors) == {1.0}
+            else torch.tensor(layout.of_columns(factors, layout.scorer.relation_unit_columns), device=relations.device)
+        )
         rate = section.relation_lr or section.lr
         self.dense = (
             torch.optim.Adam([relations], lr=rate)
@@ -92,7 +99,12 @@ class Optimizers:
         if self.relations.grad is not None and len(self.frozen):
             # Without weight decay or momentum of their own, rows with a gradient of +0 keep every bit.
             self.relations.grad.index_fill_(0, self.frozen, 0.0)
-        self.dense.step()
+        if self.factors_C is None:
+            self.dense.step()
+        else:  # torch.optim has one rate per tensor
+            before_RC = self.relations.detach().clone()
+            self.dense.step()
+            self.relations.data.copy_(before_RC.lerp(self.relations.detach(), self.factors_C))
         self.dense.zero_grad(set_to_none=True)
         if self.encoder is not None:
             self.encoder.step()

@@ -118,6 +118,7 @@ class Trainer:
             workers=workers,
             placement=self.placement,
             num_frozen=num_frozen,
+            tier_factors=job.optimizer.tier_factors,
         )
         self.relations = torch.nn.Parameter(
             torch.empty(self.layout.num_relation_rows, self.layout.num_relation_columns, device=device)

@@ -171,6 +171,9 @@ def test_unreadable_keys_cause_no_follow_up_problems() -> None:
     assert "did you mean loss?" in only_problem_of(misspelt)
     per_level = changed("name: toy", "name: toy\nloss: {regularizer: n3, regularizer_weights: [0.1, 0.2]}")
     assert "model.dims" in only_problem_of(per_level.replace("[4, 8]", "[4, 8.0]"))
+    per_tier = changed("lr: 0.1", "tier_factors: [0.1, 0.2, 0.3]")
+    assert "optimizer.tier_factors: has 3 values; give 1, or 2" in only_problem_of(per_tier)
+    assert "model.tiers" in only_problem_of(per_tier.replace("server: 8", "server: 8.0"))
     chunks = changed("epochs: 2", "epochs: 2\n  batch_size: 0")
     assert "train.batch_size" in only_problem_of(chunks)
 

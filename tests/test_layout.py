@@ -25,6 +25,13 @@ def test_blocks_are_cut_at_tiers_rounded_up_to_four_columns() -> None:
     assert [(b.start, b.width) for b in layout_of(odd, 7, 3).blocks] == [(0, 4), (4, 4)]
 
 
+def test_values_of_tiers_are_spread_over_their_columns() -> None:
+    section = ModelSection(scorer="complex", dims=(1, 2, 4), tiers={"phone": 1, "watch": 1, "pc": 2})
+    layout = layout_of(section, 7, 3)
+    assert layout.of_columns((0.5,), 1) == [0.5] * 4
+    assert layout.of_columns((3.0, 1.0), 2) == [3.0, 3.0, *[1.0] * 6]
+
+
 def test_parameters_are_those_of_the_paper() -> None:
     """Table 4: RotatE at 1000 units on FB15k-237 has 29.3 million parameters, so a unit is two reals."""
     section = ModelSection(scorer="rotate", dims=(1000,), tiers={"large": 1000})

@@ -66,7 +66,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 JOBS = {
-    "softmax": quick_job("complex", med={"mutual": "both"}),
+    "softmax": quick_job("complex", med={"mutual": "both"}, optimizer={"tier_factors": (3.0, 1.0)}),
     "chunks": quick_job("transe", med={"weights": "learnable"}, optimizer={"kind": "adagrad", "schedule": "linear"}),
 }
 
@@ -250,6 +250,31 @@ def test_schedules() -> None:
     assert factors[4:] == pytest.approx([1 - i / 10 for i in range(10)])
     constant = OptimizerSection()
     assert [learning_rate_factor(constant, step, 10) for step in (0, 9)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("scorer", ["transe", "rotate", "complex"])
+@pytest.mark.parametrize("kind", ["rowwise_adagrad", "adagrad"])
+def test_each_tier_moves_at_its_own_rate(toy_graph: Graph, tmp_path: Path, scorer: str, kind: str) -> None:
+    """One step: a tier's columns end where they do in a run that has its rate everywhere."""
+    factors = (3.0, 0.5, 1.0)
+    ends = []
+    for rates in (factors, *((factor,) for factor in factors)):
+        job = toy_job(
+            scorer, model={"dims": (4, 8, 12, 16), "tiers": {"phone": 4, "pc": 8, "large": 12}},
+            optimizer={"kind": kind, "tier_factors": rates, "relation_lr": 0.2, "schedule": "linear"},
+        )  # fmt: skip
+        with process_group(torch.device("cpu")):
+            trainer = Trainer(job, toy_graph, tmp_path, torch.device("cpu"))
+            trainer.initialise()
+            trainer.train_step(trainer.batches.batch(0))
+            ends.append((trainer.table.all_rows().slice(0, 90).clone(), trainer.relations.detach().clone()))
+            scorer_of_job = trainer.layout.scorer
+    own, *alike = ends
+    for table, unit in enumerate((scorer_of_job.unit_columns, scorer_of_job.relation_unit_columns)):
+        for end, (start, stop) in zip(alike, ((0, 4), (4, 8), (8, 16)), strict=True):
+            columns = slice(start * unit, stop * unit)
+            torch.testing.assert_close(own[table][:, columns], end[table][:, columns], rtol=1e-6, atol=1e-7)
+        assert not torch.allclose(alike[0][table], alike[1][table])
 
 
 def test_adam_on_a_cpu_is_refused() -> None:

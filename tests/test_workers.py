@@ -103,7 +103,12 @@ def jobs_of_all_kinds() -> list[Job]:
         toy_job("pairre", negatives={"kind": "per_positive"}),
         toy_job("simple", loss={"kind": "bce"}, negatives={"kind": "chunk"}),
         toy_job("distmult", loss={"kind": "bce"}, negatives={"kind": "in_batch"}, runtime=torch_alone),
-        toy_job("complex", model={"reciprocal": True}, loss={"regularizer": "n3", "regularizer_weights": (0.05,)}),
+        toy_job(
+            "complex",
+            model={"reciprocal": True},
+            loss={"regularizer": "n3", "regularizer_weights": (0.05,)},
+            optimizer={"tier_factors": (3.0, 1.0)},
+        ),
         toy_job("complex", med={"evolution": "previous"}, runtime=torch_alone),
         toy_job("transe", loss={"kind": "softmax"}, negatives={"kind": "all"}),
     ]

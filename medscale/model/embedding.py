@@ -99,8 +99,12 @@ class EntityTable(nn.Module):
         workers: Workers = ALONE,
         placement: Placement | None = None,
         num_frozen: int = 0,
+        tier_factors: Sequence[float] = (1.0,),
     ) -> None:
-        """Make the tables, unfilled; rows below `num_frozen` are never updated."""
+        """Make the tables, unfilled; rows below `num_frozen` are never updated.
+
+        Learning rates are multiplied with one of `tier_factors` in all columns, or with one for each dim of the tiers.
+        """
         super().__init__()
         if os.environ.get("FBGEMM_TBE_BOUNDS_CHECK_MODE"):
             raise UnsupportedError(
@@ -112,7 +116,12 @@ class EntityTable(nn.Module):
         # Each worker's loss is its share of the job's, so gradients add up; TorchRec would take their mean.
         set_gradient_division(False)
         collection = _collection(layout)
-        apply_optimizer_in_backward(optimizer, collection.parameters(), optimizer_arguments)
+        factor_of_column = layout.of_columns(tier_factors, layout.scorer.unit_columns)
+        for block in layout.blocks:
+            weight = collection.embedding_bags[block.name].weight
+            factor = factor_of_column[block.start]
+            arguments = optimizer_arguments | {"lr": factor * optimizer_arguments["lr"]}
+            apply_optimizer_in_backward(optimizer, [weight], arguments)
         sharder = _sharder()
         # Rows spread over workers come back by calls that want as many from each.
         self.equal_batches = workers.size > 1 and placement.is_row_wise
@@ -124,6 +133,11 @@ class EntityTable(nn.Module):
             sharders=[sharder],
             init_data_parallel=False,
         )
+        # Blocks of one rate are updated together; FBGEMM tells their rate in single precision.
+        self._factors = [
+            min(tier_factors, key=lambda factor: abs(factor * optimizer_arguments["lr"] - group["lr"]))
+            for group in self.sharded.fused_optimizer.param_groups
+        ]
         self._require_fused_state()
 
     def rows(self, entities_U: Tensor) -> Tensor:
@@ -158,9 +172,9 @@ class EntityTable(nn.Module):
         return rows_BC[: len(entities_U), : self.layout.num_columns]
 
     def set_learning_rate(self, rate: float) -> None:
-        """Give the fused optimizer its learning rate for the next backward pass."""
-        for group in self.sharded.fused_optimizer.param_groups:
-            group["lr"] = rate
+        """Give the fused optimizer its learning rate, times the tiers' factors, for the next backward pass."""
+        for factor, group in zip(self._factors, self.sharded.fused_optimizer.param_groups, strict=True):
+            group["lr"] = factor * rate
         self.sharded.fused_optimizer.step()
 
     def set_optimizer_step(self, step: int) -> None:

@@ -6,8 +6,9 @@ fused kernels want that. Blocks are the job's: they do not depend on how many wo
 Blocks are a storage matter; a crop is always the first `dim x unit_columns` columns.
 """
 
+import bisect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from medscale.config import ModelSection
@@ -72,6 +73,16 @@ class Layout:
         ends = sorted({self._rounded(end) for a, b in itertools.pairwise(tiers) for end in self._cuts(a, b)})
         starts = [0, *ends[:-1]]
         return tuple(Block(f"columns_{a}", a, b - a) for a, b in zip(starts, ends, strict=True))
+
+    def of_columns(self, values: Sequence[float], unit_columns: int) -> list[float]:
+        """Spread one value, or one per dim of the tiers, over columns that have so many per unit; the last goes on."""
+        if len(values) == 1:
+            return [*values] * (self.dims[-1] * unit_columns)
+        tiers = sorted(set(self.tiers.values()))
+        return [
+            values[min(bisect.bisect_right(tiers, column // unit_columns), len(tiers) - 1)]
+            for column in range(self.dims[-1] * unit_columns)
+        ]
 
     def num_parameters(self, dim: int) -> int:
         """Return the numbers that a crop to `dim` units holds."""
