@@ -238,11 +238,15 @@ def _print(job: Job, trials: Sequence[Trial]) -> None:
     watched = "mean over all dims" if job.train.watch_dim is None else f"dim {job.train.watch_dim}"
     table = Table(title=f"{job.name}: {len(trials)} trials", caption=f"best validation MRR, {watched}; filtered")
     keys = sorted({key for trial in trials for key in trial.values})
-    for heading in (*keys, "MRR", "epochs", "seconds", "ending"):
+    # What one tier likes best another may not: `optimizer.tier_factors` and the like give each its own.
+    tiers = dict(sorted(job.model.tiers.items(), key=lambda tier: tier[1])) if len(job.model.tiers) > 1 else {}
+    for heading in (*keys, "MRR", *tiers, "epochs", "seconds", "ending"):
         table.add_column(heading, justify="right")
     for trial in sorted(trials, key=lambda trial: -1.0 if trial.mrr is None else trial.mrr, reverse=True):
         mrr = "" if trial.mrr is None else f"{trial.mrr:.4f}"
-        figures = (mrr, f"{trial.epochs:,}", f"{trial.seconds:,.0f}", trial.ending)
+        of_tiers = (trial.mrr_by_dim.get(str(dim)) for dim in tiers.values())
+        by_tier = ("" if value is None else f"{value:.4f}" for value in of_tiers)
+        figures = (mrr, *by_tier, f"{trial.epochs:,}", f"{trial.seconds:,.0f}", trial.ending)
         table.add_row(*(trial.values.get(key, "") for key in keys), *figures)
     console().print(table)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_the_best_on_validation_is_found_and_written_as_a_job(toy_graph: Graph, 
 
 def test_a_trial_ends_when_its_time_is_over_or_it_diverges(toy_graph: Graph, tmp_path: Path) -> None:
     job = job_for(epochs=1_000_000, validate_every=1)
-    trials, _ = search(job, toy_graph, tmp_path, [{"optimizer.lr": "0.1"}, {"optimizer.lr": "1e37"}], minutes=0.03)
+    trials, _ = search(job, toy_graph, tmp_path, [{"optimizer.lr": "0.1"}, {"optimizer.lr": "1e37"}], minutes=0.1)
     assert [trial.ending for trial in trials] == ["out of time", "diverged"]
     assert trials[0].mrr is not None
     assert trials[0].epochs > 1
@@ -104,7 +105,9 @@ def test_an_interrupted_trial_counts_the_time_before(toy_graph: Graph, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
+def test_a_killed_search_goes_on_and_ends_as_one_that_was_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_toy_graph(tmp_path / "data")
     job = tmp_path / "ring.yaml"
     job.write_text(dump_job(job_for()))
@@ -118,6 +121,10 @@ def test_a_killed_search_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) ->
         return [{k: v for k, v in trial.items() if k != "seconds"} for trial in found["trials"]]
 
     assert medscale([*command, *places("whole")]) == 0
+    table = capsys.readouterr().out
+    for trial in told("whole"):
+        assert all(f"{mrr:.4f}" in table for dim, mrr in trial["mrr_by_dim"].items() if dim in ("4", "16"))
+    assert re.search(r"MRR\W+phone\W+server\W+epochs", table), table
     steps = 120 + 70  # in the second trial
     killed = subprocess.run(
         [sys.executable, "-m", "medscale.search", *command[1:], *places("killed")],

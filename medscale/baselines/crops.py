@@ -4,6 +4,8 @@ The paper arranges the units of the largest directly trained model by importance
 
     ext      the order that training left (columns mean nothing in particular there)
     ext-l    how much the loss on the validation triples grows when the unit is removed
+             (of distances it never does while few positives are called true: any unit less brings them nearer, and
+             what stays first is the units that hardly move any triple, which tell entities apart least)
     ext-v    the mean magnitude of its columns over all entities and relations
 
 and, for its applications, projects rows to their principal axes:
