@@ -260,6 +260,13 @@ class MedSection:
         "smaller ones on the columns they share; default: 2 for products with loss.kind bce, else 0",
         minimum=0,
     )
+    reach: float = key(
+        1.0,
+        "what a sub-model's loss counts in the columns of the level below its own, its square in those below that, and "
+        "so on: 1: as much as in its own (paper); 0: larger sub-models build on the columns of smaller ones and do not "
+        "move them; below 1 with loss.kind bce alone, and without kernels of its own on a GPU",
+        minimum=0, maximum=1,
+    )  # fmt: skip
     w1: float = key(1.0, "sharpness of the positives' weights", above=0)
     w2: float = key(1.0, "sharpness of the negatives' weights", above=0)
     w3: float = key(1.0, "growth of the dynamic loss weight", above=0)
@@ -665,6 +672,8 @@ def _loss_conflicts(job: Job) -> Iterator[tuple[str, str]]:
                 "softmax needs 4 or more per step, so that sub-models between the smallest and the largest come with "
                 "a neighbour; or set med.mutual to off and med.evolution to off or own",
             )
+        if job.med.reach < 1:
+            yield "med.reach", "below 1 is for loss.kind bce; softmax has model.damping"
         if negatives.filter_known:
             yield (
                 "negatives.filter_known",

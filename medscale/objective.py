@@ -88,7 +88,7 @@ class Objective(torch.nn.Module):
             for columns in (layout.scorer.unit_columns, layout.scorer.relation_unit_columns)
         )
         # GPU kernels know the paper's mutual learning alone.
-        is_plain = device.type == "cpu" or (med.mutual_loss == "huber" and med.labels == "even")
+        is_plain = device.type == "cpu" or (med.mutual_loss == "huber" and med.labels == "even" and med.reach == 1)
         self.kernels = Kernels(device) if job.runtime.kernels == "auto" and is_plain else None
         self._scan_of = functools.lru_cache(maxsize=64)(self._make_scan)
 
@@ -323,7 +323,10 @@ class Objective(torch.nn.Module):
         return sorted(int(i) for i in chosen)
 
     def _make_scan(self, chosen: tuple[int, ...]) -> PrefixScan:
-        return prefix_scan(self.layout.scorer, self.layout.dims, self.layout.damping, chosen, device=self.device)
+        return prefix_scan(
+            self.layout.scorer, self.layout.dims, self.layout.damping, chosen, reach=self.job.med.reach,
+            device=self.device,
+        )  # fmt: skip
 
 
 def _mean(penalties_T: Tensor) -> Tensor:

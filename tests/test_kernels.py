@@ -35,10 +35,10 @@ PLAIN = {"both": False, "weights_learn": False}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
-def scan_for(name: str, dims: tuple[int, ...], damping: float, dtype: torch.dtype) -> PrefixScan:
+def scan_for(name: str, dims: tuple[int, ...], damping: float, dtype: torch.dtype, reach: float = 1.0) -> PrefixScan:
     scorer, norm = ("transe", "l2") if name == "transe_l2" else (name, "l1")
     section = ModelSection(scorer=scorer, norm=norm, dims=dims, tiers={"t": dims[-1]})  # type: ignore[arg-type]
-    return prefix_scan(scorer_of(section), dims, [damping] * (len(dims) - 1), dtype=dtype)
+    return prefix_scan(scorer_of(section), dims, [damping] * (len(dims) - 1), reach=reach, dtype=dtype)
 
 
 def constants_for(num_sub_models: int, dtype: torch.dtype, **changes: Any) -> BinaryConstants:
@@ -107,19 +107,21 @@ def numbers_for(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize(
-    ("dims", "damping", "shape"),
+    ("dims", "damping", "reach", "shape"),
     [
-        ((3, 10, 17), 1.0, (3, 5, 7, 11)),  # odd everything, candidates repeat
-        ((3, 13), 0.0, (3, 5, 7, 11)),  # two models side by side
-        ((2, 4, 6, 8), 0.5, (2, 1, 70, 40)),  # three tiles of candidates, fresh for each positive
-        ((1,), 1.0, (1, 1, 1, 1)),  # one row
-        (tuple(range(2, 34, 2)), 1.0, (2, 33, 32, 50)),  # 16 sub-models
+        ((3, 10, 17), 1.0, 1.0, (3, 5, 7, 11)),  # odd everything, candidates repeat
+        ((2, 6, 17), 1.0, 0.3, (3, 5, 7, 11)),  # levels that larger sub-models move less
+        ((3, 13), 0.0, 1.0, (3, 5, 7, 11)),  # two models side by side
+        ((2, 4, 6, 8), 0.5, 0.7, (2, 1, 70, 40)),  # three tiles of candidates, fresh for each positive
+        ((1,), 1.0, 1.0, (1, 1, 1, 1)),  # one row
+        (tuple(range(2, 34, 2)), 1.0, 1.0, (2, 33, 32, 50)),  # 16 sub-models
     ],
 )
 def test_corruptions_equal_autograd(
-    scorer: str, dims: tuple[int, ...], damping: float, shape: tuple[int, int, int, int], dtype: torch.dtype
-) -> None:
-    scan = scan_for(scorer, dims, damping, dtype)
+    scorer: str, dims: tuple[int, ...], damping: float, reach: float, shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    scan = scan_for(scorer, dims, damping, dtype, reach)
     query, rows, candidates = numbers_for(scan, shape, dtype)
     keep = torch.rand(*query.shape[:2], candidates.shape[1]) < 0.8
     keep[0, 0] = False  # nothing to compare this positive with

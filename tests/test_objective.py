@@ -27,7 +27,7 @@ def in_float64(job: Job, layout: Layout) -> Objective:
     finally:
         torch.set_default_dtype(torch.float32)
     objective._scan_of = lambda chosen: prefix_scan(  # type: ignore[assignment]
-        layout.scorer, layout.dims, layout.damping, chosen, dtype=torch.float64
+        layout.scorer, layout.dims, layout.damping, chosen, reach=job.med.reach, dtype=torch.float64
     )
     return objective
 
@@ -67,6 +67,7 @@ def all_scores(
         rows[head],
         relations[relation],
         rows[tail],
+        job.med.reach,
     )
 
 
@@ -172,11 +173,11 @@ def plain_binary_loss(job: Job, layout: Layout, batch: CorruptionBatch, rows: Te
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"evolution": "previous"},
+    {"evolution": "previous", "reach": 0.5},
     {"evolution": "previous", "normalize": "batch", "mutual": "both", "w1": 0.7, "w2": 0.4, "w3": 1.5},
     {"evolution": "off", "mutual": "off", "dynamic_weight": False},
-    {"mutual_loss": "kl", "mutual_warmup_steps": 4, "balance": 0.5},
-    {"mutual_loss": "kl", "labels": "evaluated", "mutual": "both"},
+    {"mutual_loss": "kl", "mutual_warmup_steps": 4, "balance": 0.5, "reach": 0.7},
+    {"mutual_loss": "kl", "labels": "evaluated", "mutual": "both", "reach": 0.0},
     {"labels": "evaluated", "mutual_weight": 0.3},
 ]
 DAMPINGS = [(0.5, 0.25), (1.0,), (0.5, 0.25), (1.0,), (0.5, 0.0), (1.0,), (0.0, 0.0)]

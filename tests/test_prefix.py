@@ -43,16 +43,19 @@ def kappas(dims: tuple[int, ...], damping: float) -> list[float]:
     return [1.0 if damping == 1 else damping + 0.1 * level for level in range(len(dims) - 1)]
 
 
-def one_pass(scorer: Scorer, dims: tuple[int, ...], damping: float, side: str, rows: list[Tensor]) -> Tensor:
+def one_pass(
+    scorer: Scorer, dims: tuple[int, ...], damping: float, side: str, rows: list[Tensor], reach: float = 1.0
+) -> Tensor:
     known_XPC, relation_XPC, candidates_XKC = rows
-    scan = prefix_scan(scorer, dims, kappas(dims, damping), dtype=known_XPC.dtype)
+    scan = prefix_scan(scorer, dims, kappas(dims, damping), reach=reach, dtype=known_XPC.dtype)
     scale_XPC = scorer.scale(relation_XPC, side) if scorer.scale else None
     return scan.scores(scorer.query(known_XPC, relation_XPC, side), candidates_XKC, scale_XPC)
 
 
 def one_by_one(
-    name: str, norm: str, scorer: Scorer, dims: tuple[int, ...], damping: float, side: str, rows: list[Tensor]
-) -> Tensor:
+    name: str, norm: str, scorer: Scorer, dims: tuple[int, ...], damping: float, side: str, rows: list[Tensor],
+    reach: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Score every (positive, candidate) pair with every sub-model on its own."""
     known_XPC, relation_XPC, candidates_XKC = rows
     num_chunks, num_positives, _ = known_XPC.shape
@@ -62,21 +65,23 @@ def one_by_one(
     candidate = candidates_XKC.unsqueeze(1).expand(-1, num_positives, -1, -1).flatten(0, 2)
     head, tail = (known, candidate) if side == "tail" else (candidate, known)
     columns = (scorer.unit_columns, scorer.relation_unit_columns)
-    scores = reference.sub_model_scores(name, norm, dims, kappas(dims, damping), columns, head, relation, tail)
+    scores = reference.sub_model_scores(name, norm, dims, kappas(dims, damping), columns, head, relation, tail, reach)
     return scores.unflatten(1, (num_chunks, num_positives, num_candidates))
 
 
 @pytest.mark.parametrize(("name", "norm"), SCORERS)
 @pytest.mark.parametrize("side", ["head", "tail"])
-@pytest.mark.parametrize("damping", [1.0, 0.5, 0.0])
-def test_one_pass_equals_cropped_scorers_and_their_gradients(name: str, norm: str, side: str, damping: float) -> None:
+@pytest.mark.parametrize(("damping", "reach"), [(1.0, 1.0), (0.5, 1.0), (0.0, 1.0), (1.0, 0.8), (1.0, 0.0), (0.5, 0.8)])
+def test_one_pass_equals_cropped_scorers_and_their_gradients(
+    name: str, norm: str, side: str, damping: float, reach: float
+) -> None:
     scorer = scorer_named(name, norm)
     for number, dims in enumerate(DIMS):
         rows = [r.requires_grad_() for r in random_rows(scorer, dims[-1], 2, 3, 4, number)]
         weights = torch.randn(len(dims), 2, 3, 4, dtype=torch.float64)
         fast, plain = (
-            one_pass(scorer, dims, damping, side, rows),
-            one_by_one(name, norm, scorer, dims, damping, side, rows),
+            one_pass(scorer, dims, damping, side, rows, reach),
+            one_by_one(name, norm, scorer, dims, damping, side, rows, reach),
         )
         torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
         gradients = [torch.autograd.grad((s * weights).sum(), rows) for s in (fast, plain)]

@@ -59,6 +59,7 @@ def corruption_terms(
         int(constants.both), int(constants.weights_learn), int(constants.divergence), int(constants.evaluated),
         num_sub_models - constants.num_kept,
         float(w2), torch.tensor(levels.ends), torch.tensor(levels.kappas, dtype=dtype),
+        torch.tensor(levels.returns, dtype=dtype),
         constants.logits.temperatures.to(dtype), constants.logits.margins.to(dtype),
         torch.tensor(constants.evidence), torch.tensor(constants.taught).long(), hard_weights_n,
         mutual_weights_n.detach().to(dtype), query_XPC.detach().contiguous(), rows_UC.detach(),

@@ -7,7 +7,8 @@ A score is a sum over units, so sub-model i's score is a partial sum of the larg
 Distances: sums over groups of units (the largest group size that divides every boundary), then one small
 product with the constant matrix of group weights kappa^(i - level). Products: one matrix product per level,
 each added to the damped sum so far. Every column is read once, whatever the number of sub-models, and autograd
-gives the reverse scan. `reference` holds the plain twin that scores each sub-model on its own.
+gives the reverse scan, where `med.reach` fades what a sub-model tells the levels below its own. `reference` holds
+the plain twin that scores each sub-model on its own.
 
 Shapes: X chunks of P positives (or queries) that share K candidates; C columns; n sub-models. Scores come
 sub-model first, [n, X, P, K], so that each sub-model's scores lie together.
@@ -44,6 +45,8 @@ class PrefixScan:
     num_columns: int
     #: [G, n]: weight of a group of units in a sub-model (0 beyond its end)
     group_weights_Gn: Tensor
+    #: [G, n]: the same for derivatives
+    returned_weights_Gn: Tensor
     #: [C]: weight of a column in the first of `dims` that holds it
     column_weights_C: Tensor
     #: [n]: weight of the sum so far when the next of `dims` begins
@@ -94,7 +97,11 @@ class PrefixScan:
             stop = dim * self.scorer.unit_columns
             level_XPc = weighted_XPC[..., start:stop]
             level_XcK = candidates_XKC[..., start:stop].transpose(1, 2)
-            sums.append(torch.baddbmm(sums[-1], level_XPc, level_XcK, beta=carry) if sums else level_XPc @ level_XcK)
+            if sums:
+                below = sums[-1] if self.levels.reach == 1 else sums[-1].detach().lerp(sums[-1], self.levels.reach)
+                sums.append(torch.baddbmm(below, level_XPc, level_XcK, beta=carry))
+            else:
+                sums.append(level_XPc @ level_XcK)
             start = stop
         return sums
 
@@ -111,7 +118,10 @@ class PrefixScan:
                 sums_XPKG = groups_XPKGc.square().sum(-1)
             case _:
                 sums_XPKG = torch.linalg.vector_norm(groups_XPKGc.unflatten(-1, (-1, 2)), dim=-1).sum(-1)
-        scores_nXPK = torch.einsum("xpkg,gn->nxpk", sums_XPKG, self.group_weights_Gn)
+        scores_nXPK = torch.einsum("xpkg,gn->nxpk", sums_XPKG, self.returned_weights_Gn)
+        if self.levels.reach < 1:
+            kept_Gn = self.group_weights_Gn - self.returned_weights_Gn
+            scores_nXPK = scores_nXPK + torch.einsum("xpkg,gn->nxpk", sums_XPKG.detach(), kept_Gn)
         return -_safe_sqrt(scores_nXPK) if self.scorer.geometry == "l2" else -scores_nXPK
 
 
@@ -121,13 +131,14 @@ def prefix_scan(
     damping: Sequence[float] | None = None,
     selected: Sequence[int] | None = None,
     *,
+    reach: float = 1.0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> PrefixScan:
     """Return the scan over all sub-models of `dims`, or over those at the `selected` positions only.
 
     `damping` is the kappa of each level above the first (none: 1). Skipping a sub-model changes no score of the
-    others: their damping counts the levels of the full list.
+    others: their damping counts the levels of the full list. With a `reach` below 1 none is skipped.
     """
     kappas = [1.0] * (len(dims) - 1) if damping is None else list(damping)
     assert len(kappas) == len(dims) - 1, (len(kappas), len(dims))
@@ -137,12 +148,17 @@ def prefix_scan(
         return math.prod(kappas[level:sub_model])
 
     positions = list(range(len(dims))) if selected is None else list(selected)
+    assert reach == 1 or len(positions) == len(dims), (reach, positions)
     boundaries = [dims[i] for i in positions]
     # levels matter only where they are damped apart; a common divisor keeps groups inside levels
     size = math.gcd(*(dims if min(kappas, default=1) < 1 else boundaries))
     units = range(boundaries[-1])
     level_of = _levels(dims, units)
     weights = [[weight(level_of[u], i) if u < dims[i] else 0.0 for i in positions] for u in units[::size]]
+    returned = [
+        [w * reach ** (i - level_of[u]) if w else 0.0 for i, w in zip(positions, row, strict=True)]
+        for u, row in zip(units[::size], weights, strict=True)
+    ]
     holder = [positions[next(p for p, b in enumerate(boundaries) if unit < b)] for unit in units]
     column_weights = [weight(level, i) for level, i in zip(level_of, holder, strict=True)]
     carry = [0.0] + [weight(a, b) for a, b in itertools.pairwise(positions)]
@@ -151,6 +167,7 @@ def prefix_scan(
         dims=tuple(boundaries),
         num_columns=boundaries[-1] * scorer.unit_columns,
         group_weights_Gn=torch.tensor(weights, dtype=dtype, device=device),
+        returned_weights_Gn=torch.tensor(returned, dtype=dtype, device=device),
         column_weights_C=torch.tensor(column_weights, dtype=dtype, device=device).repeat_interleave(
             scorer.unit_columns
         ),
@@ -160,6 +177,7 @@ def prefix_scan(
             ends=tuple(dim * scorer.unit_columns for dim in dims[: positions[-1] + 1]),
             kappas=(1.0, *kappas[: positions[-1]]),
             outputs=tuple(positions.index(i) if i in positions else -1 for i in range(positions[-1] + 1)),
+            reach=reach,
         ),
     )
 

@@ -56,14 +56,14 @@ def level_sums(
 
 def sub_model_scores(
     scorer: str, norm: str, dims: Sequence[int], damping: Sequence[float], columns: tuple[int, int],
-    head_BC: Tensor, relation_BR: Tensor, tail_BC: Tensor,
+    head_BC: Tensor, relation_BR: Tensor, tail_BC: Tensor, reach: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Return scores [n, B] of every sub-model, one after the other.
 
     Without damping each sub-model is the plain scorer on the crop; with it, s_i = B_i + kappa_i s_(i-1),
-    kappa_2 .. kappa_n.
+    kappa_2 .. kappa_n. Derivatives by B_j of s_i count reach^(i - j).
     """
-    if all(kappa == 1 for kappa in damping):
+    if reach == 1 and all(kappa == 1 for kappa in damping):
         entity, relation = columns
         return torch.stack([
             score_triples(
@@ -74,7 +74,8 @@ def sub_model_scores(
     scores = [torch.zeros_like(head_BC[:, 0])]
     own_sums = level_sums(scorer, norm, dims, columns, head_BC, relation_BR, tail_BC)
     for kappa, own in zip((1.0, *damping), own_sums, strict=True):
-        scores.append(own + kappa * scores[-1])
+        below = reach * scores[-1] + (1 - reach) * scores[-1].detach()
+        scores.append(own + kappa * below)
     stacked = torch.stack(scores[1:])
     return -(-stacked).sqrt() if (scorer, norm) == ("transe", "l2") else stacked
 

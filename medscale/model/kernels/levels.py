@@ -24,10 +24,17 @@ class Levels:
     kappas: tuple[float, ...]
     #: position among the scored sub-models of the one that a level completes; -1: none is scored there
     outputs: tuple[int, ...]
+    #: how much of a sub-model's derivatives goes on to the level below; see `med.reach`
+    reach: float = 1.0
 
     def __post_init__(self) -> None:
         assert len(self.ends) == len(self.kappas) == len(self.outputs), self
         assert self.outputs[-1] >= 0, self
+
+    @property
+    def returns(self) -> tuple[float, ...]:
+        """On the way back: factor on the derivatives of the level that begins, for those of the level below."""
+        return tuple(self.reach * kappa for kappa in self.kappas)
 
     @property
     def num_columns(self) -> int:

@@ -25,7 +25,7 @@ template <class T> struct Corruptions {
     i64 plain, losses, raw, over_batch, both, weights_learn, divergence, evaluated, num_moving;
     double w2;
     const i64* ends_n;
-    const T *kappas_n, *temperatures_n, *margins_n;
+    const T *kappas_n, *returns_n, *temperatures_n, *margins_n;
     const i64 *evidence_n, *taught_n;
     const T *hard_weights_n, *mutual_weights_n;
     const T* query_XPC;
@@ -47,7 +47,7 @@ namespace {
 // What a sub-model's loss takes of itself and of its neighbours: logits a s + b, also in powers of two, and by what
 // derivatives are multiplied.
 template <class T> struct Level {
-    T a, b, a_of_two, b_of_two, a_below, b_below, pull, pull_below, pull_above, kappa_above;
+    T a, b, a_of_two, b_of_two, a_below, b_below, pull, pull_below, pull_above, return_above;
 };
 
 // Neighbours that are missing, or not taught, pull with no weight: one loop serves all sub-models.
@@ -59,7 +59,7 @@ template <class T> Level<T> level_of(const Corruptions<T>& a, i64 i) {
         sign * a.hard_weights_n[i] * own,
         i > 0 && a.taught_n[i] && a.both ? sign * a.mutual_weights_n[i] * own : T(0),
         above > i && a.taught_n[above] ? sign * a.mutual_weights_n[above] * own : T(0),
-        above > i ? a.kappas_n[above] : T(0),
+        above > i ? a.returns_n[above] : T(0),
     };
 }
 
@@ -286,7 +286,7 @@ void differentiate_sub_model(const Corruptions<T>& a, const Candidates<T>& c, Wo
         store(slopes + k, slope);
         // where the distance is 0 so are the differences that this is multiplied by
         if constexpr (G == L2) factor = factor * reciprocal(smaller(-std::numeric_limits<T>::min(), s));
-        store(scores + k, factor + level.kappa_above * load_pair(c.factors_above + k));
+        store(scores + k, factor + level.return_above * load_pair(c.factors_above + k));
     }
 }
 

@@ -7,7 +7,8 @@
 template <class T> struct Pairs {
     i64 geometry, num_sub_models, stride;
     const i64* ends_n;
-    const T* kappas_n;
+    // factor on the sum so far when a level begins; on the way back, on what goes on to the level below
+    const T* carried_n;
     const T *query_RC, *target_RC, *scale_RC;
     // [R, n]: scores out; then the loss's derivatives by them in
     T* scores_Rn;
@@ -37,7 +38,7 @@ template <int G, class T> void score(const Pairs<T>& a, i64 first, i64 last) {
             for (; c + 4 * step <= a.ends_n[i]; c += 4 * step)
                 for (int part = 0; part < 4; part++) parts[part] += term<G>(q, t, s, c + part * step);
             for (; c < a.ends_n[i]; c += step) parts[0] += term<G>(q, t, s, c);
-            total = (parts[0] + parts[1]) + (parts[2] + parts[3]) + (i ? a.kappas_n[i] * total : T(0));
+            total = (parts[0] + parts[1]) + (parts[2] + parts[3]) + (i ? a.carried_n[i] * total : T(0));
             T score = G == L2 ? std::sqrt(total) : total;
             a.scores_Rn[r * a.num_sub_models + i] = is_distance(G) ? -score : score;
         }
@@ -59,7 +60,7 @@ template <int G, class T> void differentiate(const Pairs<T>& a, i64 first, i64 l
             T own = a.gradient_Rn[r * n + i];
             if constexpr (G == L2) own = score == 0 ? T(0) : own / score;
             if constexpr (is_distance(G) && G != L2) own = -own;
-            factors_n[i] = own + (i + 1 < n ? a.kappas_n[i + 1] * factors_n[i + 1] : T(0));
+            factors_n[i] = own + (i + 1 < n ? a.carried_n[i + 1] * factors_n[i + 1] : T(0));
         }
         for (i64 i = 0, c = 0; i < n; i++)
             for (; c < a.ends_n[i]; c++) factors_C[c] = factors_n[i];
