@@ -11,8 +11,7 @@
 - figure5: the ability retention ratio; figure6: MED at all 64 dims beside DT;
 - figure7: where t-SNE puts entities of four categories, for MED, DualDE and Ext-V at 10, 100 and 600 units;
 - recipe: not the paper's: `jobs/wn18rr.yaml` and `jobs/fb15k237.yaml` (ComplEx, softmax, N3), whose croppable run
-  stands beside models of each of its dims alone; a smaller and a larger learning rate, half and twice the strengths of
-  the regularizer are what is tried there.
+  stands beside models of each of its dims alone; learning rates and strengths of the regularizer are tried there.
 
 What is missing is trained, the rest is read: each cell is one JSON file under tools/bench/results/reproduce/cells, so
 that a table grows run by run, and the same command goes on where it was stopped (Ctrl-C, SIGTERM; a model that was
@@ -23,9 +22,9 @@ Protocol:
 
 - Each model gets trials by one rule: epochs as `--trial-epochs` says (20, and 7 of RotatE on FB15k-237, whose epochs
   take longest), at four learning rates, and up to two larger ones while the largest so far is the best; compared by
-  validation MRR (500 triples). The best one is trained anew. In `recipe` the trials have 5 epochs, there are four
-  pairs of a learning rate and a strength of the regularizer and maybe a fifth, and 2,000 triples. Strengths are
-  multiples of the job's at the time; those of FB15k-237's job were found by hand, by more MED runs than DT had.
+  validation MRR (500 triples). The best one is trained anew. In `recipe` the trials have 5 epochs and 2,000 triples,
+  and every model has the same seven: pairs of a learning rate and a strength of the regularizer, which all levels
+  share; each tier of the croppable run then gets the pair that was best for its dim.
 - Each model gets the same cap of processor time, `--budget` minutes (20: ten minutes of two cores), and `--epochs` if
   the trials' pace lets as many into it. If not, it has fewer, and the table says so. Learning rates fall linearly to 0.
 - The step that was best on validation is ranked on the whole test split: filtered, both sides, realistic ranks for

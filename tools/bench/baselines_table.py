@@ -80,11 +80,9 @@ def section() -> str:
         beside_direct("table3"),
         "",
         "The same for the jobs `wn18rr` and `fb15k237`, which are not the paper's (ComplEx, softmax, N3, damped "
-        "nesting): one croppable run beside a model of each dim alone, of as many epochs, each with the best by "
-        "validation of a smaller and a larger learning rate, and of half, once and twice some strengths of the "
-        "regularizer. Tuning was not equal: these strengths are those that the job had at the time (at 10, 40, 200 "
-        "units: WN18RR's MED 0.03, 0.05, 0.05 and DT 0.03, 0.05, 0.1; FB15k-237's MED 0.06, 0.08, 0.05 and DT 0.03, "
-        "0.04, 0.05), and FB15k-237's MED got its own by hand, after several runs on validation that DT did not have.",
+        "nesting): one croppable run beside a model of each dim alone, of as many epochs. Each model has the same "
+        "seven trials of a learning rate and a regularizer's strength; a model of one dim takes the best by "
+        "validation, and each tier of the croppable run what was best for its own dim.",
         *tables("recipe"),
         "",
         beside_direct("recipe"),

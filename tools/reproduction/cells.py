@@ -1,6 +1,6 @@
 """Cells: one trained model, or one way to crop another's, and the job that trains it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from medscale.trainer import initial_scale
 
 __all__ = [
     "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "NUM_TRIALS", "RATES",
-    "RECIPE", "RECIPES", "RECIPE_DIMS", "SCORERS", "SHORTER_TRIALS", "SHOWN", "SIXTY_FOUR", "STAGES", "SUB_MODELS",
-    "TRIAL_EPOCHS", "Cell", "mean_mrr", "rate_of", "tries_of",
+    "RECIPE", "RECIPES", "RECIPE_DIMS", "RECIPE_TRIES", "SCORERS", "SHORTER_TRIALS", "SHOWN", "SIXTY_FOUR", "STAGES",
+    "SUB_MODELS", "TRIAL_EPOCHS", "Cell", "best_values", "mean_mrr", "rate_of", "tries_of",
 ]  # fmt: skip
 
 DATASETS = ("WN18RR", "FB15k-237")
@@ -55,9 +55,8 @@ RECIPES = {"WN18RR": "wn18rr.yaml", "FB15k-237": "fb15k237.yaml"}
 RECIPE_DIMS = (10, 40, 200)
 #: all dims that tables show
 SHOWN = {*DIMS, *RECIPE_DIMS}
-#: what every model is tried with: a learning rate, and a multiple of what the job says for its level's regularizer; the
-#: largest rate only where the one before it is the best
-_RECIPE_TRIES = ((0.1, 1.0), (0.3, 0.5), (0.3, 2.0), (0.3, 1.0), (1.0, 1.0))
+#: what every model of a recipe is tried with: a learning rate, and the regularizer's strength of all levels
+RECIPE_TRIES = ((0.3, 0.03), (0.3, 0.05), (0.3, 0.07), (0.3, 0.1), (0.3, 0.2), (1.0, 0.05), (1.0, 0.1))
 
 #: the learning rates that every model is tried with, as multiples of the size of its initial columns: those of a small
 #: model are far larger than those of a large one, and so are the steps that move them. Those beyond the first
@@ -159,33 +158,51 @@ class Cell:
 
 
 def _recipe(dataset: str, name: str, epochs: int, dim: int | None) -> Job:
-    """Return a shipped job of another name and length, or that of one of its sub-models alone."""
-    job = load_job(_JOBS / RECIPES[dataset])
-    values = {"name": name, "train.epochs": str(epochs), "graph.name": dataset}
+    """Return a shipped job of another name and length, or of one of its sub-models alone, untuned."""
+    rate, strength = RECIPE_TRIES[0]
+    values = {
+        "name": name, "train.epochs": str(epochs), "graph.name": dataset, "optimizer.tier_factors": "[1.0]",
+        "optimizer.lr": f"{rate}", "loss.regularizer_weights": f"[{strength}]",
+    }  # fmt: skip
     if dim is not None:
-        strength = job.loss.regularizer_weights[job.model.dims.index(dim)]
         values |= {
-            "model.dims": f"[{dim}]", "model.tiers": f"{{d{dim}: {dim}}}", "model.damping": "[1.0]",
-            "loss.regularizer_weights": f"[{strength}]", "med.mutual": "off",
-        }  # fmt: skip
-    return with_values(job, values, name)
+            "model.dims": f"[{dim}]",
+            "model.tiers": f"{{d{dim}: {dim}}}",
+            "model.damping": "[1.0]",
+            "med.mutual": "off",
+        }
+    return with_values(load_job(_JOBS / RECIPES[dataset]), values, name)
 
 
 def tries_of(job: Job) -> list[dict[str, str]]:
     """Return what to try with a job, as keys and values: rising learning rates, a recipe's with its regularizer.
 
-    Those after the first `NUM_TRIALS` are for models that the largest before suits best.
+    Those after the first `NUM_TRIALS` are for models that the largest before suits best; a recipe's are for all.
     """
     if job.loss.kind == "softmax":
-        weights = job.loss.regularizer_weights
         return [
-            {"optimizer.lr": f"{rate:g}", "loss.regularizer_weights": f"[{', '.join(f'{f * w:g}' for w in weights)}]"}
-            for rate, f in _RECIPE_TRIES
+            {"optimizer.lr": f"{rate:g}", "loss.regularizer_weights": f"[{weight:g}]"} for rate, weight in RECIPE_TRIES
         ]
     if job.encoder.kind != "none":
         return [{"encoder.lr": str(rate)} for rate in _ENCODER_RATES]
     multiples = RATES["distances" if job.model.scorer in DISTANCES else "products"]
     return [rate_of(job, multiple) for multiple in multiples]
+
+
+def best_values(job: Job, trials: Sequence[Trial]) -> dict[str, str]:
+    """Return what to train a job with, by its trials: what was best on validation.
+
+    Each tier of a recipe's croppable run has the learning rate and the strength that were best for its own dim.
+    """
+    judged = [trial for trial in trials if trial.mrr is not None]
+    dims = sorted(set(job.model.tiers.values()))
+    if job.loss.kind != "softmax" or len(dims) == 1:
+        return dict(max(judged, key=lambda trial: mean_mrr(trial, job.train.watch_dim)).values)
+    best = [max(judged, key=lambda trial, dim=str(dim): trial.mrr_by_dim[dim]).values for dim in dims]
+    rates = [float(values["optimizer.lr"]) for values in best]
+    factors = ", ".join(f"{rate / rates[-1]:.4g}" for rate in rates)
+    weights = ", ".join(values["loss.regularizer_weights"].strip("[]") for values in best)
+    return dict(best[-1]) | {"optimizer.tier_factors": f"[{factors}]", "loss.regularizer_weights": f"[{weights}]"}
 
 
 def rate_of(job: Job, multiple: float) -> dict[str, str]:

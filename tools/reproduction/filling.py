@@ -45,6 +45,7 @@ from reproduction.cells import (
     SIXTY_FOUR,
     STAGES,
     Cell,
+    best_values,
     mean_mrr,
     rate_of,
     tries_of,
@@ -126,7 +127,8 @@ class Reproduction:
             then_job = parse_job(found["job"], cell.name)
             job = cell.job(then_job.train.epochs)
             changes = changed_keys(job_to_mapping(then_job), job_to_mapping(job))
-            differs += [change for change in changes if change.partition(":")[0] not in tries_of(job)[0]]
+            tried = {*tries_of(job)[0], "optimizer.tier_factors"}
+            differs += [change for change in changes if change.partition(":")[0] not in tried]
         if differs:
             raise CheckpointError(
                 f"{self.cells / cell.name}.json was made otherwise: {'; '.join(differs)}; ask for what was, give "
@@ -183,18 +185,18 @@ class Reproduction:
 
         `job_of` gives the job by epochs. Returns the job, the seconds, whether they ran out, and the trials.
         """
-        trials, best = self._trials(job_of(settings.trial_epochs), name)
+        trials, values = self._trials(job_of(settings.trial_epochs), name)
         # told in tenths, of which a trial on a toy graph has none
         seconds = max(0.1, statistics.median(trial.seconds for trial in trials if trial.mrr is not None))
         job = job_of(max(1, min(settings.epochs, int(60 * settings.budget / seconds * settings.trial_epochs))))
         watch_dim = job.train.watch_dim
-        job, seconds, rang = self._trained(with_values(job, best.values, name), 1.1 * settings.budget)
+        job, seconds, rang = self._trained(with_values(job, values, name), 1.1 * settings.budget)
         return job, seconds, rang or job.train.epochs < settings.epochs, [tried(trial, watch_dim) for trial in trials]
 
-    def _trials(self, job: Job, name: str) -> tuple[list[Trial], Trial]:
-        """Try a job's learning rates; return all trials, and the best."""
+    def _trials(self, job: Job, name: str) -> tuple[list[Trial], dict[str, str]]:
+        """Try a job's learning rates; return all trials, and what to train it with."""
         tries = tries_of(job)
-        number = min(NUM_TRIALS, len(tries))
+        number = len(tries) if job.loss.kind == "softmax" else min(NUM_TRIALS, len(tries))
         while True:
             directory = self.runs_dir / f"{name}-search"
             trials, stopped = search(job, self._graph(job), directory, tries[:number], clock=CLOCK)
@@ -205,7 +207,7 @@ class Reproduction:
                 sys.exit(f"{name}: all trials diverged")
             best = max(judged, key=lambda trial: mean_mrr(trial, job.train.watch_dim))
             if best.values != tries[len(trials) - 1] or len(trials) == len(tries):
-                return trials, best
+                return trials, best_values(job, trials)
             number = len(trials) + 1
 
     def _is_begun(self, job: Job) -> bool:

@@ -48,9 +48,11 @@ def quality(
     trials = [row for cell in cells if cell.dim is None for row in _trial_rows(reproduction, cell)]
     if trials:
         report.say(
-            "All dims of a croppable run share its learning rate, or the strength of its regularizer, and the best for "
-            "one is not the best for another; a model of one dim has its own. Validation MRR by what was tried, and "
-            "what was taken:"
+            "Each tier of a recipe's croppable run has the learning rate and the regularizer's strength that were best "
+            "for its dim where all tiers had the same. Validation MRR by what was tried, and the dims that took it:"
+            if trials[0]["scorer"] == RECIPE
+            else "All dims of a croppable run share its learning rate, and the best for one is not the best for "
+            "another; a model of one dim has its own. Validation MRR by what was tried, and what was taken:"
         )
     report.table(trials, suffix="_trials")
     if not rows:
@@ -98,7 +100,7 @@ def _gap_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
         return
     assert cell.dim is not None
     mrr, alone = next(r["mrr"] for r in whole["records"] if r["dim"] == cell.dim), direct["records"][0]["mrr"]
-    parts = _parts(direct, whole, str(cell.dim))
+    parts = _parts(direct, whole, str(cell.dim), shares_rate=cell.scorer != RECIPE)
     yield {
         "data set": cell.dataset, "scorer": cell.scorer, "dim": cell.dim, "MED": mrr, "DT": alone,
         "difference": mrr - alone, **parts,
@@ -107,10 +109,13 @@ def _gap_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
     }  # fmt: skip
 
 
-def _parts(direct: Mapping[str, Any], whole: Mapping[str, Any], dim: str) -> dict[str, float | None]:
+def _parts(
+    direct: Mapping[str, Any], whole: Mapping[str, Any], dim: str, *, shares_rate: bool
+) -> dict[str, float | None]:
     """Return what MED's validation MRR at a dim is beyond DT's, part by part; None where its trials do not tell."""
     judged = [trial for trial in whole["trials"] if trial["mrr"] is not None]
-    taken = max(judged, key=lambda trial: trial["mrr"])["mrr_by_dim"].get(dim)
+    chosen = max(judged, key=lambda trial: trial["mrr"] if shares_rate else trial["mrr_by_dim"][dim])
+    taken = chosen["mrr_by_dim"].get(dim)
     mrr_of_step = {v["step"]: v["mrr"][dim] for v in whole["validations"]}
     best_step = max(mrr_of_step.values())
     of_step = {_STEP: mrr_of_step[whole["step"]] - best_step}
@@ -144,14 +149,20 @@ def _why(row: Row) -> str:
 def _trial_rows(reproduction: Reproduction, cell: Cell) -> Iterator[Row]:
     """Yield a row per trial of a croppable run."""
     trials = (reproduction.found(cell) or {}).get("trials", ())
-    best = max((trial["mrr"] for trial in trials if trial["mrr"] is not None), default=None)
     dims = RECIPE_DIMS if cell.scorer == RECIPE else DIMS
-    for trial in trials:
-        yield {
+    rows = [
+        {
             "data set": cell.dataset, "scorer": cell.scorer, "method": cell.method, "tried": trial["value"],
             **{f"@{dim}": trial["mrr_by_dim"].get(str(dim)) for dim in dims}, "mean": trial["mrr"],
-            "taken": "yes" if trial["mrr"] == best else "",
-        }  # fmt: skip
+        }
+        for trial in trials
+    ]  # fmt: skip
+    judged = [row for row in rows if row["mean"] is not None]
+    takers = [f"@{dim}" for dim in dims] if cell.scorer == RECIPE else ["mean"]
+    best = {taker: max(judged, key=lambda row: row[taker] or 0.0) for taker in takers} if judged else {}
+    for row in rows:
+        mine = [taker for taker in takers if best.get(taker) is row]
+        yield row | {"taken": "yes" if mine == ["mean"] else " ".join(mine)}
 
 
 def _draw_by_dim(axis: Axes, rows: Sequence[Row], dims: Sequence[int]) -> None:
