@@ -118,11 +118,29 @@ class PrefixScan:
                 sums_XPKG = groups_XPKGc.square().sum(-1)
             case _:
                 sums_XPKG = torch.linalg.vector_norm(groups_XPKGc.unflatten(-1, (-1, 2)), dim=-1).sum(-1)
+        if not torch.is_grad_enabled():
+            scores_nXPK = self._summed_in_order(sums_XPKG)
+            return -_safe_sqrt(scores_nXPK) if self.scorer.geometry == "l2" else -scores_nXPK
         scores_nXPK = torch.einsum("xpkg,gn->nxpk", sums_XPKG, self.returned_weights_Gn)
         if self.levels.reach < 1:
             kept_Gn = self.group_weights_Gn - self.returned_weights_Gn
             scores_nXPK = scores_nXPK + torch.einsum("xpkg,gn->nxpk", sums_XPKG.detach(), kept_Gn)
         return -_safe_sqrt(scores_nXPK) if self.scorer.geometry == "l2" else -scores_nXPK
+
+    def _summed_in_order(self, sums_XPKG: Tensor) -> Tensor:
+        """Return [n, X, P, K] of groups' sums, one group after the other.
+
+        When entities are ranked equal ones tie, but how a matrix product rounds a row depends, on some CPUs, on where
+        the row lies.
+        """
+        size = self.dims[-1] // sums_XPKG.shape[-1]
+        total_XPK, scores, start = torch.zeros_like(sums_XPKG[..., 0]), [], 0
+        for i, (dim, carry) in enumerate(zip(self.dims, self.carry_n, strict=True)):
+            own_XPKg = sums_XPKG[..., start : dim // size] * self.group_weights_Gn[start : dim // size, i]
+            total_XPK = carry * total_XPK + own_XPKg.cumsum(-1)[..., -1]
+            scores.append(total_XPK)
+            start = dim // size
+        return torch.stack(scores)
 
 
 def prefix_scan(
