@@ -174,6 +174,10 @@ def test_unreadable_keys_cause_no_follow_up_problems() -> None:
     per_tier = changed("lr: 0.1", "tier_factors: [0.1, 0.2, 0.3]")
     assert "optimizer.tier_factors: has 3 values; give 1, or 2" in only_problem_of(per_tier)
     assert "model.tiers" in only_problem_of(per_tier.replace("server: 8", "server: 8.0"))
+    reach = changed("name: toy", "name: toy\nloss: {kind: softmax}\nnegatives: {kind: shared}\nmed: {reach: 0.5}")
+    assert "med.reach: below 1 is for loss.kind bce" in only_problem_of(reach)
+    composed = changed("lr: 0.1", "tier_factors: [2.0, 1.0]").replace("name: toy", "name: toy\nencoder: {kind: earl}")
+    assert "optimizer.tier_factors: does not go with an encoder" in only_problem_of(composed)
     chunks = changed("epochs: 2", "epochs: 2\n  batch_size: 0")
     assert "train.batch_size" in only_problem_of(chunks)
 

@@ -24,13 +24,15 @@ Protocol:
   take longest), at four learning rates, and up to two larger ones while the largest so far is the best; compared by
   validation MRR (500 triples). The best one is trained anew. In `recipe` the trials have 5 epochs and 2,000 triples,
   and every model has the same seven: pairs of a learning rate and a strength of the regularizer, which all levels
-  share; each tier of the croppable run then gets the pair that was best for its dim.
+  share; each tier of the croppable run then gets the pair that was best for its dim. What it has beside that (damping,
+  mutual learning and its weight) is the shipped job's, chosen by hand on validation; models of one dim have no use for
+  it.
 - Each model gets the same cap of processor time, `--budget` minutes (20: ten minutes of two cores), and `--epochs` if
   the trials' pace lets as many into it. If not, it has fewer, and the table says so. Learning rates fall linearly to 0.
 - The step that was best on validation is ranked on the whole test split: filtered, both sides, realistic ranks for
   ties, all entities. One seed.
-- MED is tuned once for all its dims, by the mean of those shown (its step by that of all), each other model for its
-  own.
+- MED is tuned once for all its dims, by the mean of those shown (its step by that of all; in `recipe` the step alone),
+  each other model for its own.
 - All models weigh triples by their own scores, of one size or of many, where the paper's MED weighs them by the next
   smaller sub-model's, and its DT not at all: DT here is stronger than the paper's, and "w/o EIM" means equal weights.
   Sub-models learn from the next larger one alone, by probabilities; in the paper both ways, by scores.

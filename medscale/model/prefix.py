@@ -134,13 +134,14 @@ class PrefixScan:
         the row lies.
         """
         size = self.dims[-1] // sums_XPKG.shape[-1]
-        total_XPK, scores, start = torch.zeros_like(sums_XPKG[..., 0]), [], 0
+        scores_nXPK = sums_XPKG.new_empty((len(self.dims), *sums_XPKG.shape[:-1]))
+        total_XPK, start = torch.zeros_like(sums_XPKG[..., 0]), 0
         for i, (dim, carry) in enumerate(zip(self.dims, self.carry_n, strict=True)):
             own_XPKg = sums_XPKG[..., start : dim // size] * self.group_weights_Gn[start : dim // size, i]
             total_XPK = carry * total_XPK + own_XPKg.cumsum(-1)[..., -1]
-            scores.append(total_XPK)
+            scores_nXPK[i] = total_XPK
             start = dim // size
-        return torch.stack(scores)
+        return scores_nXPK
 
 
 def prefix_scan(

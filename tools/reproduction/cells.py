@@ -13,7 +13,7 @@ from medscale.trainer import initial_scale
 
 __all__ = [
     "ABLATIONS", "COMPACT", "CROPS", "DATASETS", "DIMS", "LARGEST", "LESSONS", "NUM_TRIALS", "RATES",
-    "RECIPE", "RECIPES", "RECIPE_DIMS", "RECIPE_TRIES", "SCORERS", "SHORTER_TRIALS", "SHOWN", "SIXTY_FOUR", "STAGES",
+    "RECIPE", "RECIPES", "RECIPE_DIMS", "SCORERS", "SHORTER_TRIALS", "SHOWN", "SIXTY_FOUR", "STAGES",
     "SUB_MODELS", "TRIAL_EPOCHS", "Cell", "best_values", "mean_mrr", "rate_of", "tries_of",
 ]  # fmt: skip
 
@@ -56,7 +56,7 @@ RECIPE_DIMS = (10, 40, 200)
 #: all dims that tables show
 SHOWN = {*DIMS, *RECIPE_DIMS}
 #: what every model of a recipe is tried with: a learning rate, and the regularizer's strength of all levels
-RECIPE_TRIES = ((0.3, 0.03), (0.3, 0.05), (0.3, 0.07), (0.3, 0.1), (0.3, 0.2), (1.0, 0.05), (1.0, 0.1))
+_RECIPE_TRIES = ((0.3, 0.03), (0.3, 0.05), (0.3, 0.07), (0.3, 0.1), (0.3, 0.2), (1.0, 0.05), (1.0, 0.1))
 
 #: the learning rates that every model is tried with, as multiples of the size of its initial columns: those of a small
 #: model are far larger than those of a large one, and so are the steps that move them. Those beyond the first
@@ -159,7 +159,7 @@ class Cell:
 
 def _recipe(dataset: str, name: str, epochs: int, dim: int | None) -> Job:
     """Return a shipped job of another name and length, or of one of its sub-models alone, untuned."""
-    rate, strength = RECIPE_TRIES[0]
+    rate, strength = _RECIPE_TRIES[0]
     values = {
         "name": name, "train.epochs": str(epochs), "graph.name": dataset, "optimizer.tier_factors": "[1.0]",
         "optimizer.lr": f"{rate}", "loss.regularizer_weights": f"[{strength}]",
@@ -181,7 +181,7 @@ def tries_of(job: Job) -> list[dict[str, str]]:
     """
     if job.loss.kind == "softmax":
         return [
-            {"optimizer.lr": f"{rate:g}", "loss.regularizer_weights": f"[{weight:g}]"} for rate, weight in RECIPE_TRIES
+            {"optimizer.lr": f"{rate:g}", "loss.regularizer_weights": f"[{weight:g}]"} for rate, weight in _RECIPE_TRIES
         ]
     if job.encoder.kind != "none":
         return [{"encoder.lr": str(rate)} for rate in _ENCODER_RATES]
