@@ -104,6 +104,14 @@ def test_a_table_grows_cell_by_cell(place: Path) -> None:
     crop = json.loads((out / "cells" / "wn18rr_transe_ext.json").read_text())
     assert {r["dim"]: r["mrr"] for r in crop["records"]}[640] == pytest.approx(direct["records"][0]["mrr"], abs=1e-3)
 
+    # a model that is another one than that which was cropped
+    path = out / "cells" / "wn18rr_transe_dt_640.json"
+    changed = direct | {"records": [direct["records"][0] | {"mrr": 0.5}]}
+    path.write_text(json.dumps(changed))
+    other = reproduce(place, "table3", "--methods", "Ext", exit_code=CheckpointError.exit_code)
+    assert "wn18rr_transe_ext.json was made otherwise: of another wn18rr_transe_dt_640; " in other.stderr
+    path.write_text(json.dumps(direct))
+
     other = reproduce(
         place, "table3", "--methods", "DT", "--dims", "640", "--epochs", "3", exit_code=CheckpointError.exit_code
     )
@@ -147,6 +155,10 @@ def test_students_times_and_retention(place: Path) -> None:
         "ta": students["ta"]["teacher"],
     }  # fmt: skip
     assert students["ta"]["teacher"] in ("wn18rr_transe_bkd_40", "wn18rr_transe_bkd_160")
+    largest = {"wn18rr_transe_dt_640"}
+    assert {name: set(student["made_of"]) for name, student in students.items()} == {
+        "bkd": largest, "dualde": largest, "iterde": largest, "ta": largest | {students["ta"]["teacher"]},
+    }  # fmt: skip
     assert students["iterde"]["earlier_seconds"] > 0
     assert students["bkd"]["earlier_seconds"] == 0
     shown = {(row["method"], row["dim"]) for row in rows_of(out / "table3.csv")}

@@ -1,13 +1,14 @@
 """Filling cells: models are trained within their budget, others cropped out of one; what was measured is kept."""
 
 import base64
+import hashlib
 import json
 import os
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ from reproduction.cells import (
     tries_of,
 )
 
-__all__ = ["CLOCK", "Reproduction", "Settings", "correct_answers", "curve_of", "cut_short", "minutes_of"]
+__all__ = ["CLOCK", "Reproduction", "Settings", "correct_answers", "curve_of", "cut_short", "figures_of", "minutes_of"]
 
 #: budgets and times are of processor time, all threads together, so that other work on the machine takes little of it
 #: (shared caches and memory make a second still worth up to a quarter less); on a GPU, whose work that does not count,
@@ -118,12 +119,15 @@ class Reproduction:
         return found
 
     def _require_same(self, cell: Cell, found: Mapping[str, Any]) -> None:
-        if cell.method in CROPS:
-            return  # which has no settings but its model's
-        differs = []
-        if (then := Settings(**found["settings"])) != (now := self.settings(cell)):
+        differs = [
+            f"of another {name}"
+            for name, figures in found.get("made_of", {}).items()
+            if (path := self.cells / f"{name}.json").exists() and figures_of(json.loads(path.read_text())) != figures
+        ]
+        # a crop has no settings but its model's
+        if cell.method not in CROPS and (then := Settings(**found["settings"])) != (now := self.settings(cell)):
             differs.append(f"{then} -> {now}")
-        if cell.method not in LESSONS:
+        if cell.method not in (*CROPS, *LESSONS):
             then_job = parse_job(found["job"], cell.name)
             job = cell.job(then_job.train.epochs)
             changes = changed_keys(job_to_mapping(then_job), job_to_mapping(job))
@@ -142,6 +146,7 @@ class Reproduction:
         assert cell.dim is not None
         method, teacher, teacher_dim, settings = LESSONS[cell.method], cell.teacher.name, LARGEST, self.settings(cell)
         self._run_of(cell.teacher)
+        made_of = [cell.teacher]
         earlier, earlier_trials, cut_short = 0.0, 0.0, False
 
         def job_of(epochs: int, dim: int = cell.dim, name: str = cell.name) -> Job:
@@ -165,12 +170,14 @@ class Reproduction:
             teacher_dim = assistant_dim(mrr_of, cell.dim, teacher_dim)
             assistant = Cell(cell.dataset, cell.scorer, "BKD", teacher_dim)
             taught = self.fill(assistant)
+            made_of.append(assistant)
             earlier, cut_short, teacher = taught["seconds"], taught["out_of_time"], self._run_of(assistant).name
             earlier_trials = sum(trial["seconds"] for trial in taught["trials"])
         job, seconds, out_of_time, trials = self._tuned(job_of, cell.name, settings)
         self._write_run(
-            cell, job, seconds, out_of_time, trials, teacher=teacher, earlier_seconds=round(earlier, 1),
-            earlier_trial_seconds=round(earlier_trials, 1), earlier_out_of_time=cut_short,
+            cell, job, seconds, out_of_time, trials, teacher=teacher, made_of=self._figures(made_of),
+            earlier_seconds=round(earlier, 1), earlier_trial_seconds=round(earlier_trials, 1),
+            earlier_out_of_time=cut_short,
         )  # fmt: skip
 
     def _multiple(self, cell: Cell) -> float:
@@ -274,7 +281,7 @@ class Reproduction:
         known = KnownTriples.of_graph(graph, about=triples)
         halves_2nT = count_halves(triples, model.table(), model.relations_RC, model.layout, known)
         ranks = Ranks.of_halves(model.layout.dims, halves_2nT)
-        self._write(cell, ranks, {"of": largest.name, "seconds": round(seconds, 1)})
+        self._write(cell, ranks, {"made_of": self._figures([largest]), "seconds": round(seconds, 1)})
 
     def vectors(self, cell: Cell, dim: int) -> tuple[Graph, NDArray[np.float32]]:
         """Return the graph, and the entities' first columns [E, C] of a cell's model of a dim, trained if need be."""
@@ -290,6 +297,10 @@ class Reproduction:
         return graph, columns_EC
 
     # -- both ---------------------------------------------------------------------------------------------
+
+    def _figures(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """Return the names of cells that another is made of, and which figures they had then."""
+        return {cell.name: figures_of(self.fill(cell)) for cell in cells}
 
     def _graph(self, job: Job) -> Graph:
         return prepare(job, data_root=self.data_dir, graphs_root=self.runs_dir / "graphs")
@@ -313,6 +324,11 @@ class Reproduction:
             "protocol": PROTOCOL, **measured, "records": records, "answered": answered(ranks),
         })  # fmt: skip
         log(f"{cell.name}: " + ", ".join(f"{r['mrr']:.3f} @{r['dim']}" for r in records if r["dim"] in DIMS))
+
+
+def figures_of(found: Mapping[str, Any]) -> str:
+    """Return a short hash of a model's figures on test, which differ where the model does."""
+    return hashlib.sha256(json.dumps(found["records"]).encode()).hexdigest()[:12]
 
 
 def tried(trial: Trial, watch_dim: int | None) -> dict[str, Any]:
