@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from toy import write_toy_graph
 
-from medscale.errors import CheckpointError
+from medscale.errors import CheckpointError, GraphError
 from medscale.jobfile import parse_job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,6 +273,19 @@ def test_committed_cells_are_what_their_tables_ask_for(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT / "tools", check=True)
     assert not list(tmp_path.iterdir()), "nothing is trained"
+
+
+def test_figure7_without_categories_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "tools/reproduce.py", "figure7", "--datasets", "WN18RR", "--data-dir", str(tmp_path),
+            "--out", str(tmp_path / "out"), "--runs-dir", str(tmp_path / "runs"),
+        ],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == GraphError.exit_code
+    assert "entity_category4.tsv.zst is not there: figure7 needs the categories of entities" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_wrong_options_are_refused_before_anything_is_trained() -> None:

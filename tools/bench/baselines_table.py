@@ -67,6 +67,8 @@ def beside_direct(name: str) -> str:
 def section() -> str:
     """Return the section of the README."""
     return "\n".join([
+        beside_direct("table3"),
+        "",
         "Test MRR (filtered, both sides, realistic ranks for ties, all entities as candidates), in brackets the "
         "paper's; minutes of one core for training, of DT and students for all dims shown together, of crops for the "
         "arrangement alone; of students without their teacher, of TA with its assistant, of IterDE with the models "
@@ -76,8 +78,6 @@ def section() -> str:
         "`tools/bench/results/reproduce/`. MED of products (SimplE) is trained with the balance of sizes "
         "(`med.balance`), which the paper does not have; without it is in `table13`.",
         *tables("table3"),
-        "",
-        beside_direct("table3"),
         "",
         "The same for the jobs `wn18rr` and `fb15k237`, which are not the paper's (ComplEx, softmax, N3, damped "
         "nesting): one croppable run beside a model of each dim alone, of as many epochs. Each model has the same "

@@ -323,7 +323,10 @@ class Reproduction:
             "dataset": cell.dataset, "scorer": cell.scorer, "method": cell.method, "dim": cell.dim,
             "protocol": PROTOCOL, **measured, "records": records, "answered": answered(ranks),
         })  # fmt: skip
-        log(f"{cell.name}: " + ", ".join(f"{r['mrr']:.3f} @{r['dim']}" for r in records if r["dim"] in DIMS))
+        log(
+            f"{cell.name}: "
+            + ", ".join(f"{r['mrr']:.3f} @{r['dim']}" for r in records if cell.dim or r["dim"] in SHOWN)
+        )
 
 
 def figures_of(found: Mapping[str, Any]) -> str:

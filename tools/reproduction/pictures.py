@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from medscale.errors import GraphError
 from medscale.ranking import ability_retention
 from reproduction.cells import DIMS, Cell
 from reproduction.filling import Reproduction, correct_answers
 from reproduction.report import Report, Row
 
-__all__ = ["clusters", "retention"]
+__all__ = ["clusters", "require_categories", "retention"]
 
 
 def retention(report: Report, reproduction: Reproduction, cells: Sequence[Cell]) -> None:
@@ -57,6 +58,8 @@ def retention(report: Report, reproduction: Reproduction, cells: Sequence[Cell])
 
 #: entities of each category
 _PER_CATEGORY = 250
+#: of a data set: a line per entity, its name and its category
+_CATEGORIES = "entity_category4.tsv.zst"
 
 
 def clusters(report: Report, reproduction: Reproduction, cells: Sequence[Cell], dims: Sequence[int]) -> None:
@@ -99,10 +102,15 @@ def clusters(report: Report, reproduction: Reproduction, cells: Sequence[Cell], 
     )
 
 
+def require_categories(folder: Path) -> None:
+    """Raise GraphError where a data set does not tell its entities' categories."""
+    if not (path := folder / _CATEGORIES).exists():
+        raise GraphError(f"{path} is not there: figure7 needs the categories of entities, which FB15k-237 has")
+
+
 def _sampled(folder: Path, names: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
     """Return ids [N] of entities, their category [N] and the categories' names, from a data set's own file."""
-    path = folder / "entity_category4.tsv.zst"
-    with pa.input_stream(str(path)) as stream:
+    with pa.input_stream(str(folder / _CATEGORIES)) as stream:
         lines = [line.split("\t") for line in stream.read().decode().splitlines()]
     category_of = dict(line[:2] for line in lines)
     categories = sorted(set(category_of.values()))
